@@ -465,6 +465,39 @@ def test_a_journal_that_optuna_cannot_read_is_refused_by_name(lines, reason, tmp
             Search(plan, ledger)
 
 
+@pytest.mark.parametrize("torn", ['{"op_code": 4, "work', LINE])
+def test_a_line_of_the_journal_that_was_cut_off_is_left_out(torn, tmp_path, capsys):
+    """After a full disk, Optuna appended to such a line, and no command could continue the search."""
+    pytest.importorskip("optuna")
+    from sasa_train.sweep.search import Search
+
+    space = ["experiment=debug", "optimizer.lr=interval(0.01,0.1)", f"sweep.output_dir={tmp_path}"]
+    plan = read_plan([*space, "sweep.num_trials=4"])
+    plan.folder.mkdir(parents=True)
+    ledger, journal = Ledger(plan.folder / "ledger.json", {}), plan.folder / "optuna.journal"
+    first = Search(plan, ledger)
+    first.next()
+    with journal.open("a") as file:  # while another worker of the search goes on
+        file.write(torn)
+    first.next()
+    with journal.open("a") as file:
+        file.write(torn)
+    assert len(Search(plan, ledger).study.get_trials()) == 2
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert capsys.readouterr().err.count(f"{journal}: its last line was cut off, and is left out") == 2
+
+
+def test_a_run_of_another_config_is_not_the_jobs(tiny_run, tmp_path):
+    """A finished run that was moved into another job's folder gave that job's figure, with exit code 0."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    ledger = Ledger(tmp_path / "ledger.json", {})
+    assert ledger.add(Job("run", ["seed=1", "seed=0"], "")).state == "done"
+    other = ledger.add(Job("run", ["seed=1", "model=hybrid_resnet26"], "", state="waiting"))
+    other.state = "waiting"
+    finish(other, tmp_path, 2, 1.0, max_tries=2, said="seed: 0 -> 1")
+    assert other.state == "refused" and other.reason == "seed: 0 -> 1"
+
+
 def test_the_lock_of_a_search_that_was_killed_is_not_waited_for_forever(tmp_path, monkeypatch):
     """Optuna's lock is a link to the journal. Its path was relative, so that the link led nowhere."""
     pytest.importorskip("optuna")

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sasa_train.config.overrides import parse_overrides
 from sasa_train.files import is_there, read_regular, write_atomic
 from sasa_train.runs import metrics
 from sasa_train.runs.metrics import read_metrics
@@ -56,26 +57,35 @@ def update_info(run_dir: Path, changes: dict[str, Any]) -> None:
     write_atomic(run_dir / NAME, json.dumps(read_info_or_raise(run_dir) | changes, indent=2).encode())
 
 
-def has_finished(run_dir: Path) -> bool:
+def has_finished(run_dir: Path, overrides: Sequence[str] = ()) -> bool:
     """Whether run.json reports the run as finished, or stopped by a hook, and its last checkpoint still exists.
 
     A status "finished" that the last evaluation belies, as one written by hand does, does not count.
+
+    overrides: those of the job whose run this must be; only numbers are compared, because a run replaces no other.
     """
     info = read_info(run_dir)
     if info.get("status") not in ENDED or not is_there(run_dir / "checkpoints/last.pt"):
         return False
-    if info["status"] == "stopped":
-        return True
     last = info.get("last")
     if not isinstance(last, dict) or not {"step", "epoch"} <= last.keys():  # as in runs of earlier versions
         rows = [row for row in read_metrics(run_dir / metrics.NAME, skip_damaged=True) if row["split"] == "val"]
         last = rows[-1] if rows else {"step": 0, "epoch": 0}
     try:
         # A sweep asks this of hundreds of runs, and `load_config` takes six times as long.
-        trainer = yaml.safe_load(read_regular(run_dir / "config.yaml", MAX_CONFIG_BYTES))["trainer"]
-        return not ends_early(trainer, last)
+        config = yaml.safe_load(read_regular(run_dir / "config.yaml", MAX_CONFIG_BYTES))
+        is_whole = info["status"] == "stopped" or not ends_early(config["trainer"], last)
+        given = {override.key_or_group: override.value() for override in parse_overrides(list(overrides))}  # last wins
+        return is_whole and not any(_differs(config, key, value) for key, value in given.items())
     except Exception:  # a file from anyone, of which PyYAML raises whatever its parts do
         return True  # it is for those to say who need the config
+
+
+def _differs(config: Any, key: str, given: Any) -> bool:
+    """Whether a config has another number for a key than the given one."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return isinstance(given, int | float) and config is not None and given != config
 
 
 def ends_early(trainer: Mapping[str, Any], last: Mapping[str, Any]) -> bool:

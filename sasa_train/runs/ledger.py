@@ -147,7 +147,7 @@ class Ledger:
         run_dir = self.path.parent / job.name
         if planned.state == "refused":
             job.end("refused", planned.reason)
-        elif has_finished(run_dir):
+        elif has_finished(run_dir, job.overrides):
             job.note_metrics(run_dir)  # also of a job that is done: the run tells what it reached, not the ledger
             if job.state != "done":
                 job.end("done", FINISHED)

@@ -148,7 +148,7 @@ def job_source(plan: SweepPlan, ledger: Ledger) -> JobList:
         job = ledger.add(planned)
         if planned.state == "refused":
             continue
-        if job.state == "done" and not has_finished(plan.folder / job.name):
+        if job.state == "done" and not has_finished(plan.folder / job.name, job.overrides):
             job.end("waiting", "its run folder is gone")
         # Only a search gives up a job.
         elif job.state == "pruned" or (job.state == "failed" and job.failures_in_a_row() < plan.config.max_tries):

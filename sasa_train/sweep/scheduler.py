@@ -243,7 +243,7 @@ def finish(job: Job, folder: Path, code: int, seconds: float | None, max_tries: 
     The run folder takes precedence, because a signal may have arrived after the run had finished.
     """
     job.note_metrics(folder / job.name)
-    if has_finished(folder / job.name):
+    if has_finished(folder / job.name, job.overrides):
         job.end("done", FINISHED, code, seconds)
     elif code == INTERRUPTED:
         job.end("interrupted", said.partition("; to continue")[0] or "stopped", INTERRUPTED, seconds)

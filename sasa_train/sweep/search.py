@@ -7,7 +7,7 @@ study, each with its own ledger (`sweep.worker`).
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
@@ -20,11 +20,12 @@ from sasa_train.runs.metrics import MAX_LOG
 from sasa_train.runs.schema import TEXT, first_wrong, number
 from sasa_train.sweep.planning import SweepPlan, build_job
 from sasa_train.sweep.scheduler import JobList
-from sasa_train.terminal import printable, some
+from sasa_train.terminal import printable, some, warn
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
+    from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, Trial
 
 WORKER = "worker"  # the trial attribute that holds the name of its worker
@@ -46,7 +47,6 @@ class Search(JobList):
         if reason := why_not("sweep.num_trials", "search"):
             raise ConfigError(reason)
         import optuna
-        from optuna.storages.journal import JournalFileBackend
 
         assert plan.config.num_trials is not None
         self.plan, self.ledger, self.num_trials = plan, ledger, plan.config.num_trials
@@ -68,18 +68,17 @@ class Search(JobList):
         try:
             self.study = optuna.create_study(
                 study_name="sasa_train",
-                storage=optuna.storages.JournalStorage(JournalFileBackend(str(journal))),
+                storage=optuna.storages.JournalStorage(journal_backend(journal)),
                 direction="maximize",
                 load_if_exists=True,
                 sampler=optuna.samplers.TPESampler(n_startup_trials=NUM_RANDOM, constant_liar=True),
                 pruner=build_pruner(plan.config.pruner),
             )
-        # A full disk or a power failure may leave an incomplete line. Optuna replays all lines as they are, so that one
-        # of another shape can fail anywhere in it.
+        # Optuna replays all lines as they are, so that one of another shape can fail anywhere in it.
         except LIBRARY_ERRORS as error:
             raise ConfigError(
-                f"{journal}: is damaged ({type(error).__name__}: {printable(shorten(error))}); delete its last line if "
-                "it is incomplete, or begin another search with sweep.name=..."
+                f"{journal}: is damaged ({type(error).__name__}: {printable(shorten(error))}); delete the lines that "
+                "are no JSON, or begin another search with sweep.name=..."
             ) from error
         self._check_study(journal)
         super().__init__([], plan.folder)
@@ -197,6 +196,39 @@ def distribution(override: Override) -> "BaseDistribution":
         return CategoricalDistribution(values)
     except (ValueError, LookupError) as error:
         raise ConfigError(f"{override.input_line}: is not a search space ({error})") from error
+
+
+def journal_backend(path: Path) -> "JournalFileBackend":
+    """Return Optuna's journal, before each line of which one that a full disk or a kill has cut off is removed.
+
+    Optuna ignores such a line when it reads, but would append to it, and could not read the result.
+    """
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+
+    class WholeLines(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            lock.acquire()  # another worker may be writing the line
+            try:
+                cut_torn_line(path)
+            finally:
+                lock.release()
+            super().append_logs(logs)
+
+    return WholeLines(str(path), lock)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what follows the last line break of a file, and warn, if anything does."""
+    with os.fdopen(open_own(path, os.O_RDWR), "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0 or file.seek(size - 1) < 0 or file.read() == b"\n":
+            return
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+    warn(f"{path}: its last line was cut off, and is left out")
 
 
 def build_pruner(name: str) -> "BasePruner":
