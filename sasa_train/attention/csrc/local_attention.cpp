@@ -64,29 +64,43 @@ INLINE void store_all(Vec* to, const Vec (&acc)[R][N]) {
     }
 }
 
+// Whether R adjacent queries begin at the image's first column, or end at its last. There, the first or last (K - 1) / 2
+// columns of their band are outside the image and contain zeros, whose products are skipped.
+struct AtEdge {
+    bool first, last;
+};
+
+// Computes acc[r][j] += a[r] * b[STRIDE r + j] for the columns FROM .. END - 1 of b.
+template <int V, int K, int R, int STRIDE, int FROM, int END>
+INLINE void product_of_columns(F<V> (&acc)[R][K], const F<V> (&a)[R], const F<V>* b) {
+    UNROLL
+    for (int j = FROM; j < END; ++j) {
+        F<V> b_here = loaded(b[j]);
+        UNROLL
+        for (int r = 0; r < R; ++r)
+            if (j - STRIDE * r >= 0 && j - STRIDE * r < K) acc[r][j - STRIDE * r] += a[r] * b_here;
+    }
+}
+
 // Computes acc[r][j] += sum_c a[c][r] * b[c][STRIDE r + j] for R adjacent queries, each with its K keys of one row.
 template <int V, int K, int R, int STRIDE = 1>
-INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch) {
+INLINE void band_product(F<V> (&acc)[R][K], const F<V>* a, const F<V>* b, int64_t head_dim, int64_t pitch, AtEdge edge) {
+    constexpr int OUTSIDE = (K - 1) / 2, COLUMNS = K + STRIDE * (R - 1);
     for (int64_t c = 0; c < head_dim; ++c, a += pitch, b += pitch) {
         F<V> a_here[R];
         UNROLL
         for (int r = 0; r < R; ++r) a_here[r] = loaded(a[r]);
-        UNROLL
-        for (int j = 0; j < K + STRIDE * (R - 1); ++j) {
-            F<V> b_here = loaded(b[j]);
-            UNROLL
-            for (int r = 0; r < R; ++r)
-                if (j - STRIDE * r >= 0 && j - STRIDE * r < K) acc[r][j - STRIDE * r] += a_here[r] * b_here;
-        }
+        if (!edge.first) product_of_columns<V, K, R, STRIDE, 0, OUTSIDE>(acc, a_here, b);
+        product_of_columns<V, K, R, STRIDE, OUTSIDE, COLUMNS - OUTSIDE>(acc, a_here, b);
+        if (!edge.last) product_of_columns<V, K, R, STRIDE, COLUMNS - OUTSIDE, COLUMNS>(acc, a_here, b);
     }
 }
 
-// Computes acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j] with weight(r, j) = weights[r][j]. If REVERSED, it uses
-// the weight that position r + j - K/2 assigns to r, weights[r + j][K - 1 - j].
-template <int V, int K, int R, int C, bool REVERSED, int STRIDE = 1>
-INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
+// The part of band_apply that the columns FROM .. END - 1 of b give.
+template <int V, int K, int R, int C, bool REVERSED, int STRIDE, int FROM, int END>
+INLINE void apply_columns(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch) {
     UNROLL
-    for (int j = 0; j < K + STRIDE * (R - 1); ++j) {
+    for (int j = FROM; j < END; ++j) {
         F<V> weight[R];
         UNROLL
         for (int r = 0; r < R; ++r)
@@ -100,6 +114,16 @@ INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, in
                 if (j - STRIDE * r >= 0 && j - STRIDE * r < K) acc[r][c] += weight[r] * b_here;
         }
     }
+}
+
+// Computes acc[r][c] += sum_j weight(r, j) * b[c][STRIDE r + j] with weight(r, j) = weights[r][j]. If REVERSED, it uses
+// the weight that position r + j - K/2 assigns to r, weights[r + j][K - 1 - j].
+template <int V, int K, int R, int C, bool REVERSED, int STRIDE = 1>
+INLINE void band_apply(F<V> (&acc)[R][C], const F<V>* weights, const F<V>* b, int64_t pitch, AtEdge edge) {
+    constexpr int OUTSIDE = (K - 1) / 2, COLUMNS = K + STRIDE * (R - 1);
+    if (!edge.first) apply_columns<V, K, R, C, REVERSED, STRIDE, 0, OUTSIDE>(acc, weights, b, pitch);
+    apply_columns<V, K, R, C, REVERSED, STRIDE, OUTSIDE, COLUMNS - OUTSIDE>(acc, weights, b, pitch);
+    if (!edge.last) apply_columns<V, K, R, C, REVERSED, STRIDE, COLUMNS - OUTSIDE, COLUMNS>(acc, weights, b, pitch);
 }
 
 // The number of adjacent queries that fit in the registers.
@@ -287,6 +311,8 @@ class Worker {
     int64_t end_dy(int64_t i) const { return least(K, s.H + HALF - i); }
     Vec* tile_row(Vec* tile, int64_t dy) const { return tile + (dy * s.tile_pitch + K - 1) * K; }
 
+    static AtEdge at_edge(int64_t x, int64_t num, int64_t width) { return {x == 0, x + num == width}; }
+
     // Clears the columns that no load writes: those outside the image, and the one that makes the pitch odd.
     void clear_pads(Vec* rows, int64_t num_rows) const {
         for (int64_t c = 0; c < num_rows * s.D; ++c, rows += s.pitch) {
@@ -411,7 +437,7 @@ class Worker {
             UNROLL
             for (int dx = 0; dx < K; ++dx) acc[r][dx] = bias_width[(x + r) * K + dx];
         }
-        if (keys) band_product<V, K, Q>(acc, query_row + HALF + x0 + x, keys + x0 + x, s.D, s.pitch);
+        if (keys) band_product<V, K, Q>(acc, query_row + HALF + x0 + x, keys + x0 + x, s.D, s.pitch, at_edge(x0 + x, Q, s.W));
     }
 
     template <int Q>
@@ -504,7 +530,8 @@ class Worker {
             fill(acc);
             for (int64_t dy = first_dy(i0); dy < least(K + 1, s.H + HALF - i0); ++dy)
                 band_apply<V, K + 1, Q, CH, false, 2>(acc, pooled_row(dy) + x * (K + 1),
-                                                      value_rows + slot(i0 + dy - HALF) + c * s.pitch + x0 + 2 * x, s.pitch);
+                                                      value_rows + slot(i0 + dy - HALF) + c * s.pitch + x0 + 2 * x, s.pitch,
+                                                      at_edge(x0 / 2 + x, Q, s.out_width));
             store_acc<Q, CH>(output_row + c * s.pitch + HALF + x0 / 2 + x, acc);
         });
     }
@@ -532,9 +559,10 @@ class Worker {
     INLINE void apply_block(Vec* to, const Vec* rows, Vec* tile, int64_t i, int64_t x0, int64_t x, int64_t c) {
         Vec acc[Q][CH];
         fill(acc);
+        const AtEdge edge = at_edge(x0 + x, Q, s.W);
         for (int64_t dy = first_dy(i); dy < end_dy(i); ++dy)
             band_apply<V, K, Q, CH, false>(acc, tile_row(tile, dy) + x * K,
-                                           rows + slot(i + dy - HALF) + c * s.pitch + x0 + x, s.pitch);
+                                           rows + slot(i + dy - HALF) + c * s.pitch + x0 + x, s.pitch, edge);
         store_acc<Q, CH>(to + c * s.pitch + HALF + x0 + x, acc);
     }
 
@@ -605,7 +633,7 @@ class Worker {
                 Vec acc[Q][K + 1];
                 fill(acc);
                 band_product<V, K + 1, Q, 2>(acc, grad_output_row + HALF + x0 / 2 + x, value_rows + slot(y) + x0 + 2 * x, s.D,
-                                             s.pitch);
+                                             s.pitch, at_edge(x0 / 2 + x, Q, s.out_width));
                 store_all(pooled_grad_row(y - start) + x * (K + 1), acc);
             });
     }
@@ -693,7 +721,7 @@ class Worker {
                 for (int dx = 0; dx < K; ++dx) acc[r][dx] = of_pool[dx];
             }
         } else if (values) {
-            band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch);
+            band_product<V, K, Q>(acc, grad_output_row + HALF + x0 + x, values + x0 + x, s.D, s.pitch, at_edge(x0 + x, Q, s.W));
         }
         UNROLL
         for (int r = 0; r < Q; ++r) {
@@ -785,7 +813,7 @@ class Worker {
         Vec* place = to + c * s.pitch + HALF + x;
         load_acc<Q, CH>(place, acc);
         // source column x - HALF is at index x of the padded row
-        band_apply<V, K, Q, CH, true>(acc, tile + (x - HALF - x0) * K, source + c * s.pitch + x, s.pitch);
+        band_apply<V, K, Q, CH, true>(acc, tile + (x - HALF - x0) * K, source + c * s.pitch + x, s.pitch, at_edge(x, Q, s.W));
         store_acc<Q, CH>(place, acc);
     }
 };
