@@ -149,7 +149,7 @@ def job_source(plan: SweepPlan, ledger: Ledger) -> JobList:
         if planned.state == "refused":
             continue
         if job.state == "done" and not has_finished(plan.folder / job.name, job.overrides):
-            job.end("waiting", "its run folder is gone")
+            job.end("waiting", "its run folder is gone, or has another run")
         # Only a search gives up a job.
         elif job.state == "pruned" or (job.state == "failed" and job.failures_in_a_row() < plan.config.max_tries):
             job.state = "waiting"

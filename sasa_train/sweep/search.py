@@ -222,12 +222,13 @@ def journal_backend(path: Path) -> "JournalFileBackend":
 def cut_torn_line(path: Path) -> None:
     """Remove what follows the last line break of a file, and warn, if anything does."""
     with os.fdopen(open_own(path, os.O_RDWR), "r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size == 0 or file.seek(size - 1) < 0 or file.read() == b"\n":
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
             return
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
+        file.truncate(file.read().rfind(b"\n") + 1)
     warn(f"{path}: its last line was cut off, and is left out")
 
 
