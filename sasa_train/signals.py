@@ -4,12 +4,13 @@ A hook of the user's own may ask for it, too. Schedulers send SIGTERM, SIGUSR1 o
 ends the run immediately.
 """
 
+import contextlib
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 TIME_LIMIT = 1  # the value of `asked` for a time limit; none of SIGNALS has this number
@@ -53,6 +54,21 @@ class StopRequest:
         self._is_training = False
         self._previous = {number: signal.signal(number, self._handle) for number in signals}
         self._ends_process = ends_process
+
+    @property
+    def came_early(self) -> bool:
+        """Whether a signal has raised Interrupted, as there was nothing to save yet."""
+        return self.signal is not None and not self._is_training
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Raise Interrupted again where other code has made another error of it, as its cleanup may fail half-way."""
+        try:
+            yield
+        except Exception as error:
+            if self.came_early:
+                raise Interrupted from error
+            raise
 
     def begin_training(self) -> None:
         """Record that a step or an evaluation can now be saved, so that a signal no longer raises Interrupted."""

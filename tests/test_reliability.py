@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_it_waits_fo
     stop.begin_training()
     signal.raise_signal(signal.SIGUSR2)
     assert stop.requested() and stop.reason == "SIGUSR2"
+
+
+def test_a_stop_within_code_whose_cleanup_fails_is_still_a_stop(tmp_path):
+    """OmegaConf's cleanup, for one, fails over an object that is only half built, and hides what it was told."""
+    text = """
+        import os, signal
+
+        def half_built():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise SystemError("the signal was not heard")
+            finally:
+                raise AttributeError("'NoneType' object has no attribute 'flags'")
+    """
+    (tmp_path / "my_data.py").write_text(textwrap.dedent(text))
+    process = start(tmp_path, *RUN, "imports=[./my_data.py]", "data.target=my_data.half_built")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, output
+    assert output.endswith("stopped before training began; run the same command again\n")
 
 
 def test_a_second_ctrl_c_ends_a_run_that_does_not_get_to_its_next_step(tmp_path):

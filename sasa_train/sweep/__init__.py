@@ -48,7 +48,8 @@ def run_command(arguments: list[str]) -> int:
         return DONE
     stop = StopRequest()
     try:
-        return sweep(read_plan(arguments), arguments, stop)
+        with stop.preparing():
+            return sweep(read_plan(arguments), arguments, stop)
     except ConfigError as error:
         return fail(error)
     except ExpectedFailure as error:

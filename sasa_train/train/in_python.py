@@ -80,8 +80,9 @@ def train_model(
     is_main = threading.current_thread() is threading.main_thread()
     stop = StopRequest(SIGNALS if is_main else (), ends_process=False)
     ended = None
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        with stop.preparing(), torch.random.fork_rng(devices):
             config = read_config([*overrides, *_given(overrides, model, train_set, val_set, hooks)])
             ended = train(_with_outputs(config, model), stop)
     except Interrupted:

@@ -32,17 +32,19 @@ def train_safely(config: TrainConfig, stop: StopRequest | None = None, only_plan
 
 def _train(config: TrainConfig, stop: StopRequest, only_plan: bool) -> int:
     # Importing torch takes seconds. It is imported here so that a signal in the meantime is a stop request.
-    load_torch()
+    with stop.preparing():
+        load_torch()
     from sasa_train.processes.collectives import lost_partner
     from sasa_train.training.run import train
 
     try:
-        if only_plan:
-            from sasa_train.training.preview import show_plan
+        with stop.preparing():
+            if only_plan:
+                from sasa_train.training.preview import show_plan
 
-            show_plan(config)
-            return DONE
-        return DONE if train(config, stop).finished or stop.asked_by else INTERRUPTED
+                show_plan(config)
+                return DONE
+            return DONE if train(config, stop).finished or stop.asked_by else INTERRUPTED
     except ConfigError as error:
         tell(error)
         return REFUSED

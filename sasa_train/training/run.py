@@ -45,7 +45,7 @@ from sasa_train.runs.metrics import end_of
 from sasa_train.runs.preprocessing import with_preprocessing
 from sasa_train.runs.provenance import conditions, describe_changes, provenance
 from sasa_train.runs.weights import Weights, load_into, read_weights
-from sasa_train.signals import Interrupted, StopRequest
+from sasa_train.signals import StopRequest
 from sasa_train.terminal import printable, say, some, warn
 from sasa_train.training.announce import (
     describe_end,
@@ -187,7 +187,7 @@ def run_to_the_end(loop: Loop) -> bool:
         with logging_redirect_tqdm():  # log lines appear above the progress bar
             finished = loop.run()
     except BaseException as error:
-        run.try_write_info(status="interrupted" if isinstance(error, Interrupted) else "failed")
+        run.try_write_info(status="interrupted" if loop.stop.came_early else "failed")
         if isinstance(error, Exception):  # otherwise, the process is to end now
             end_trackers(loop.trackers, "failed", state.best)
         if is_out_of_memory(error) and not isinstance(error, OwnCodeError):  # whose text is the user's
