@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sasa_train.machine import now
-from sasa_train.refusal import ConfigError
+from sasa_train.refusal import DISK_FAILED, ConfigError
 
 
 def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
@@ -32,6 +32,17 @@ def write_atomic(path: Path, data: bytes | memoryview | Callable[[BinaryIO], obj
         discard(temporary)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the path to an OSError without one, as errors in reading, writing and syncing an open file have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def discard(path: Path) -> None:
@@ -46,7 +57,7 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     # that nothing is written through a link.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -105,7 +116,7 @@ MAX_BYTES = 64 * 2**20  # a file of a run, which is read as a whole; a sparse on
 
 def read_regular(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a file that `open_regular` can open; raise OSError if it is larger than `max_bytes`."""
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise OSError(errno.ENOTSUP, f"is larger than {max_bytes / 2**20:,.0f} MiB", str(path))
         return file.read()
@@ -225,7 +236,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable, so that they survive a power failure."""
     directory = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        with naming(folder):
+            os.fsync(directory)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync folders
             raise
@@ -233,17 +245,6 @@ def sync_folder(folder: Path) -> None:
         os.close(directory)
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# Errors of the disk, or of a file server and the way to it, which may be over later: the file may be whole. Not every
-# system has all of them.
-DISK_FAILED = {
-    getattr(errno, name, errno.EIO)
-    for name in (
-        "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG", "EHOSTDOWN",
-        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNRESET", "ECONNREFUSED", "ENOLINK",
-        "ECOMM", "EPROTO", "ESHUTDOWN",
-    )
-}  # fmt: skip
 LOCK = ".lock"
 MAX_LOCK = 4096  # characters of it that are read
 

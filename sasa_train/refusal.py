@@ -1,5 +1,6 @@
-"""Exceptions for invalid configs and inputs, and the exceptions that libraries raise for invalid values."""
+"""Exceptions for invalid configs and inputs, and what libraries raise for invalid values and the system for disks."""
 
+import errno
 from typing import Any
 
 
@@ -17,6 +18,27 @@ class ExpectedFailure(Exception):
 
 # timm, torch and others raise these for invalid values, in some cases only when the values are used.
 LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# Errors of the disk, or of a file server and the way to it, which may be over later: the file may be whole. Not every
+# system has all of them.
+DISK_FAILED = {
+    getattr(errno, name, errno.EIO)
+    for name in (
+        "EIO", "ESTALE", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG", "EHOSTDOWN",
+        "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNRESET", "ECONNREFUSED", "ENOLINK",
+        "ECOMM", "EPROTO", "ESHUTDOWN",
+    )
+}  # fmt: skip
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Return whether an error is, or was raised from, one of a full or failing disk; the input may be right then."""
+    # A socket or pipe in place of a file gives ENXIO, too.
+    if isinstance(error, OSError) and error.errno in {*DISK_FAILED, errno.ENOSPC, errno.EDQUOT} - {errno.ENXIO}:
+        return True
+    return error.__cause__ is not None and is_of_disk(error.__cause__)
 
 
 def require(holds: bool, key: str, value: Any, rule: str) -> None:

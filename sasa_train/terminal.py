@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from sasa_train.processes.ranks import rank
+from sasa_train.refusal import is_of_disk
 
 # Exit codes: done (now or earlier); failed; config or input refused; stopped, and can be continued.
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
@@ -159,8 +160,11 @@ def duration(seconds: float) -> str:
 
 
 def fail(error: Exception) -> int:
-    """Print an error to stderr in the format of all commands, with unprintable characters escaped; return REFUSED."""
+    """Print an error to stderr in the format of all commands, with unprintable characters escaped.
+
+    Returns an exit code: REFUSED or, if the error comes from a full or failing disk, FAILED.
+    """
     path = Path(sys.argv[0])
     command = path.parent.name if path.stem == "__main__" else path.stem
     print(wrapped(printable_lines(f"{command}: {error}"), sys.stderr), file=sys.stderr)
-    return REFUSED
+    return FAILED if is_of_disk(error) else REFUSED

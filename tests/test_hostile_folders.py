@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from marking import slow_but_for
+from PIL import Image
 from running_commands import TINY
 
 from sasa_train.config.compose import compose_config
@@ -170,6 +171,35 @@ def test_a_disk_that_fails_at_the_lock_is_named_as_such(tmp_path, in_process, mo
 
     monkeypatch.setattr(os, "open", fails)
     assert "the disk failed at " in in_process("train", *TINY, expect=1).stderr
+
+
+@pytest.mark.parametrize(
+    "broken,file,words",
+    [
+        ("open", "best.pt", ("evaluate", "run")),
+        ("mkdir", "report", ("report", "run")),
+        ("mkdir", "s", ("sweep", *TINY[:-1], "seed=1,2", "sweep.output_dir=sweeps", "sweep.name=s")),
+        ("fsync", "table.csv", ("report", "run")),
+        ("fsync", "predictions.csv", ("predict", "run", "image.png", "--output", "predictions.csv")),
+    ],
+)
+def test_a_failing_disk_is_named_with_its_file_and_exit_code_1(broken, file, words, tmp_path, tiny_run, in_process):
+    """It was exit code 2, as for a wrong input, and an error of an open file named none."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    real = getattr(os, broken)
+
+    def fails(path, *arguments, **options):
+        where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if file in where.split("/")[-1]:
+            name = () if isinstance(path, int) else (str(path),)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), *name)
+        return real(path, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, broken, fails)
+        said = in_process(*words, expect=1).stderr
+    assert "Input/output error" in said and {"table.csv": "run/report"}.get(file, file) in said
 
 
 def test_what_a_killed_export_left_is_not_followed_elsewhere(run_dir, elsewhere, tmp_path, in_process):

@@ -203,9 +203,9 @@ def test_what_only_linux_has_is_not_needed(tmp_path):
 import errno, os, sys
 del errno.EREMOTEIO, errno.EUCLEAN, os.O_PATH, os.sched_getaffinity
 from pathlib import Path
-from sasa_train import files, machine, train
+from sasa_train import files, machine, refusal, train
 from sasa_train.training import endings
-print(files.lock_folder(folder := Path(sys.argv[1])).holds(folder), errno.EIO in endings.DISK_FAILED)
+print(files.lock_folder(folder := Path(sys.argv[1])).holds(folder), errno.EIO in refusal.DISK_FAILED)
 """
     assert python(code, str(tmp_path)) == "True True\n"
 

@@ -31,8 +31,6 @@ from torch import Tensor, nn
 from sasa_train.data.class_names import MAX_CLASS_NAME
 from sasa_train.data.fingerprint import SOURCES
 from sasa_train.files import (
-    DISK_FAILED,
-    DISK_FULL,
     discard,
     is_there,
     open_regular,
@@ -42,7 +40,7 @@ from sasa_train.files import (
     write_aside,
     write_atomic,
 )
-from sasa_train.refusal import CheckpointError, ConfigError, shorten
+from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
     MAX_SECONDS,

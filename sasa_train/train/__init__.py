@@ -85,8 +85,7 @@ def run_command(arguments: list[str]) -> int:
             return DONE
         return train_safely(read_config(arguments), only_plan=only_plan)
     except ConfigError as error:
-        fail(error)
-        return REFUSED
+        return fail(error)
     except OSError as error:
         if (text := foreseen(error)) is None:
             raise
@@ -190,8 +189,7 @@ def train_together(arguments: list[str], only_plan: bool) -> int:
         collectives.everywhere(lambda: use_code_of(config), ConfigError)
         return train_safely(config, only_plan=only_plan)
     except ConfigError as error:
-        tell(error)
-        return REFUSED
+        return tell(error)
     except Exception as error:
         if (text := foreseen(error)) is not None:
             tell(RuntimeError(text))

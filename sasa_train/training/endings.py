@@ -5,10 +5,9 @@ import sys
 
 from sasa_train.config import own_code
 from sasa_train.config.keys import TrainConfig
-from sasa_train.files import DISK_FAILED, DISK_FULL
 from sasa_train.machine import is_out_of_memory
 from sasa_train.processes.ranks import rank, world_size
-from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
+from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, ExpectedFailure, is_of_disk
 from sasa_train.signals import Interrupted, StopRequest
 from sasa_train.terminal import DONE, FAILED, INTERRUPTED, REFUSED, fail, load_torch
 
@@ -46,8 +45,7 @@ def _train(config: TrainConfig, stop: StopRequest, only_plan: bool) -> int:
                 return DONE
             return DONE if train(config, stop).finished or stop.asked_by else INTERRUPTED
     except ConfigError as error:
-        tell(error)
-        return REFUSED
+        return tell(error)
     except (CheckpointError, ExpectedFailure) as error:
         tell(error)
     except Exception as error:
@@ -84,14 +82,14 @@ def foreseen(error: Exception) -> str | None:
     return None
 
 
-def tell(error: Exception) -> None:
-    """Print an error in the same way as `fail`. If several processes have the same error, only one prints it."""
+def tell(error: Exception) -> int:
+    """Print an error and return a code, as `fail` does. If several processes have the same error, one prints it."""
     if world_size() == 1:
-        fail(error)
-        return
+        return fail(error)
     from sasa_train.processes import collectives
 
     text = collectives.describe(error)
     if text is not None:
         collectives.tell_failure(text)
         fail(ConfigError(text))
+    return FAILED if is_of_disk(error) else REFUSED
