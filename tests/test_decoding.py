@@ -540,6 +540,21 @@ def bmp_with_alpha() -> bytes:
     return struct.pack("<2sIHHI", b"BM", 14 + 56 + 128, 0, 0, 14 + 56) + head + struct.pack("<H", 0x7C00) * 64
 
 
+RED = bytes((0, *(255, 0, 0) * 8)) * 8  # the rows of a PNG
+RED_KEY = chunk(b"tRNS", b"\0\xff\0\0\0\0")
+
+
+def png_with(colour_type: int, before: bytes = b"", pixels: bytes = b"", after: bytes = b"") -> bytes:
+    """Return a PNG of 8 x 8 pixels with further chunks before and after its pixels."""
+    made = rows_of_png(pixels, 8, colour_type)
+    start, end = made.index(b"IDAT") - 4, made.index(b"IEND") - 4
+    return made[:start] + before + made[start:end] + after + made[end:]
+
+
+def turned(orientation: int) -> bytes:
+    return chunk(b"eXIf", struct.pack(">2sHLHHHLHHL", b"MM", 42, 8, 1, 274, 3, 1, orientation, 0, 0))
+
+
 def mask_as_bmp() -> bytes:
     """Return a mask in 8 bits with a palette of black and white, as Pillow itself saves one of mode P."""
     mask = corners().convert("1").convert("L").point(lambda value: value // 255)
@@ -611,6 +626,9 @@ MISREAD = {
     "png-key-1": (rows_of_png(b"\0\x80" * 8, 1, 0, key=b"\1\0"), r"1 bit whose transparent colour \(tRNS\)"),
     "png-key-4": (rows_of_png(bytes(8 * 5), 4, 0, key=b"\0\x15"), r"4 bits whose transparent colour \(tRNS\)"),
     "png-key-early": (rows_of_png(bytes(8 * 9), 8, 3, key=b"\0"), r"\(tRNS\) precedes its palette"),
+    "png-key-late": (png_with(2, pixels=RED, after=RED_KEY), r"\(tRNS\) follows its pixels"),
+    "png-two-keys": (png_with(2, before=RED_KEY * 2, pixels=RED), "two chunks tRNS"),
+    "png-two-exif": (png_with(2, before=turned(6) + turned(1), pixels=RED), "two chunks eXIf"),
     "apng-substitute": (encoded(Image.new("RGB", (32, 16)), "PNG", **ANIMATED), "an animation.*substitute"),
     "jpeg-ends": (ended_early(), "ends before its last pixels"),
     "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a damaged JPEG: zeros stand"),

@@ -25,6 +25,14 @@ def png(width: int = 5, height: int = 3, before: bytes = b"", after: bytes = b""
     return b"\x89PNG\r\n\x1a\n" + header + before + body + after + chunk(b"IEND", b"")
 
 
+def bmp_of_runs(codes: bytes, width: int, height: int) -> bytes:
+    """Return a BMP of run lengths (RLE8) and two colours."""
+    palette = bytes((0, 0, 0, 0, 0, 0, 255, 0))
+    header = struct.pack("<LllHHLLllLL", 40, width, height, 1, 8, 1, len(codes), 0, 0, 2, 0)
+    start = 14 + len(header) + len(palette)
+    return struct.pack("<2sLHHL", b"BM", start + len(codes), 0, 0, start) + header + palette + codes
+
+
 TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
 
 
@@ -46,6 +54,7 @@ TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
         (png(before=TEXT_BOMB), "too large"),
         (png(after=TEXT_BOMB), "too large"),
         (png(before=chunk(b"iCCP", b"key\0\0" + zlib.compress(bytes(50_000_000)))), "too large"),
+        (bmp_of_runs(b"\x08\1\0\0\0\0\x08\1\0\0\0\1", 8, 3), "or, in a compressed BMP, empty rows"),
         (png(30_000, 30_000, data=b""), "more than 178,956,970 pixels exceed the limit of 89,478,485"),
         (png(10_000, 10_000, data=b""), "10000 x 10000 pixels exceed the limit of 89,478,485"),
         (png(700, 500)[:-300], "truncated|broken|not enough"),
@@ -67,6 +76,7 @@ TEXT_BOMB = chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(50_000_000)))
         "text-before",
         "text-after",
         "profile",
+        "empty-row",
         "900-mpx",
         "100-mpx",
         "cut",
@@ -79,6 +89,14 @@ def test_a_hostile_file_is_unreadable_and_says_why(tmp_path, content, reason):
     with warnings.catch_warnings(), pytest.raises(UnreadableImage, match=reason):
         warnings.simplefilter("ignore")  # as outside pytest; see datasets.py
         one_image(tmp_path / "x.jpg").read(0, to_rgb)
+
+
+def test_a_png_with_a_large_profile_or_history_is_read(tmp_path):
+    """Image editors write such files; Pillow's limit is 1 MiB for each."""
+    large = zlib.compress(os.urandom(1000) * 5000)
+    whole = png(before=chunk(b"iCCP", b"key\0\0" + large), after=chunk(b"zTXt", b"key\0\0" + large))
+    (tmp_path / "x.png").write_bytes(whole)
+    assert one_image(tmp_path / "x.png").read(0, to_rgb).size == (5, 3)
 
 
 def test_the_limit_of_pixels_is_pillows(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Check that tar shards yield the same data set as class folders, and that an index is discarded if files change."""
 
+import gzip
 import io
 import os
 import re
@@ -119,6 +120,7 @@ def test_the_images_after_a_damaged_header_are_not_lost_in_silence(tmp_path):
     write_webdataset(tmp_path / "train", "0.tar", samples)
     assert len(load_shards(find_shards(tmp_path, "train"), "train")[1]) == 3
     for content, reason in (
+        (gzip.compress(whole), "it is compressed, and shards are read at any place in them: decompress it"),
         (whole[:2100] + b"?" + whole[2101:], "its header at byte 2,048 is damaged: bad checksum"),
         (whole[:4096], "it ends without an end mark, so it is incomplete"),
         (whole[:2048] + bytes(512) + whole[2560:], "its end mark at byte 2,048 is followed by more data"),

@@ -198,6 +198,8 @@ def read_image(file: BinaryIO, shape: Callable[[Image.Image], Shaped]) -> Shaped
 def why_unreadable(error: Exception) -> str:
     """Return the reason of an error in reading, without Pillow's file object, or the errno and path of an OSError."""
     text = getattr(error, "strerror", None) or str(error).partition(" <_io.")[0]
+    if text == "not enough image data":
+        text += ", or, in a compressed BMP, empty rows, which Pillow cannot read; convert it to PNG"
     return text or f"its content is damaged; {type(error).__name__} in its decoder"
 
 

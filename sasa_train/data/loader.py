@@ -233,7 +233,8 @@ def check_batch(config: TrainConfig, num_images: int) -> None:
     """Raise ConfigError if train has fewer images than a batch."""
     batch = config.trainer.global_batch_size
     if num_images < batch:
-        set_keys = [f"data.{key}" for key in ("max_train_images", "holdout_fraction") if getattr(config.data, key)]
+        set_keys = ["data.max_train_images"] if config.data.max_train_images == num_images else []
+        set_keys += ["data.holdout_fraction"] if config.data.holdout_fraction else []
         left = f" that {' and '.join(set_keys)} leave{'s' * (len(set_keys) == 1)}" if set_keys else ""
         raise ConfigError(
             f"trainer.global_batch_size={batch} exceeds the {num_images} training images{left}, so an epoch would have "

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
@@ -25,6 +25,8 @@ OTHERS = (
     ),
     (rb".{128}DICM", "in DICOM; convert it to PNG, whose 16 bits keep its greys"),
 )
+# PNGs of image editors may have larger colour profiles and histories than the 1 MiB that Pillow lets them have.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 16 * 2**20)
 DEEP_AVIF = "sasa_train: more than 8 bits"  # key of an AVIF's `info`
 
 

@@ -18,6 +18,7 @@ from sasa_train.terminal import printable
 MAX_NAME = 512  # characters in a member's name; an index stores each name at the length of the longest
 MAX_EXTENDED = 2**16  # bytes in an extended header, which holds a long name or, in pax archives, a few numbers as text
 MAX_PADDING = 2**20  # zero bytes after the end mark; tar pads an archive to whole records of 10 KiB or, for tapes, more
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # the first bytes of gzip, bzip2, xz and zstd
 LONG_NAME, IGNORED = tarfile.GNUTYPE_LONGNAME, (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 PAX_RECORD = re.compile(rb"([1-9][0-9]{0,5}) ([^=]+)=")
@@ -64,6 +65,8 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 def _read_header(file: BinaryIO, offset: int, end: int) -> tarfile.TarInfo | None:
     """Return the member whose header is at `offset`, or None at the end mark, which is a block of zeros."""
+    if offset == 0 and _read(file, 0, 6).startswith(COMPRESSED):
+        raise ValueError("it is compressed, and shards are read at any place in them: decompress it")
     block = _read(file, offset, tarfile.BLOCKSIZE) if offset + tarfile.BLOCKSIZE <= end else b""
     if len(block) < tarfile.BLOCKSIZE:
         raise ValueError("it ends without an end mark, so it is incomplete")

@@ -22,15 +22,18 @@ NEXT = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
 
 
 def check_chunks(file: BinaryIO) -> None:
-    """Check the checksums of a PNG's IDAT chunks, which Pillow skips, and its transparent colour (tRNS)."""
-    bits, has_palette, is_indexed = 8, False, False
+    """Check the checksums of a PNG's IDAT chunks, which Pillow skips, and what says how its pixels are shown."""
+    bits, is_indexed, kinds = 8, False, set()
     for kind, content, stated in _chunks(file):
         if kind == b"IHDR" and len(content) >= 10:
             bits, is_indexed = content[8], content[9] == 3
-        has_palette |= kind == b"PLTE"
         # Pillow and libpng, which viewers use, differ in what they make of these.
-        if kind == b"tRNS" and is_indexed and not has_palette:
+        if kind == b"tRNS" and is_indexed and b"PLTE" not in kinds:
             raise ValueError("a PNG whose transparency (tRNS) precedes its palette (PLTE); save it anew")
+        if kind == b"tRNS" and b"IDAT" in kinds:
+            raise ValueError("a PNG whose transparency (tRNS) follows its pixels; save it anew")
+        if kind in (b"tRNS", b"eXIf") and kind in kinds:
+            raise ValueError(f"a PNG with two chunks {kind.decode()}, of which viewers take the first; save it anew")
         if kind == b"tRNS" and not is_indexed and bits < 8 and int.from_bytes(content, "big") >= 2**bits:
             raise ValueError(
                 f"a PNG of {bits} bit{'s' * (bits > 1)} whose transparent colour (tRNS) has more; save it anew"
@@ -38,6 +41,7 @@ def check_chunks(file: BinaryIO) -> None:
         is_whole = len(stated) == 4  # or decoding tells that the file is cut
         if kind == b"IDAT" and is_whole and zlib.crc32(content, PIXELS) != int.from_bytes(stated, "big"):
             raise ValueError("a damaged PNG: the checksum (CRC) of its pixels is wrong; replace the file")
+        kinds.add(kind)
 
 
 def check_end(file: BinaryIO) -> None:
