@@ -175,7 +175,7 @@ def test_each_variable_that_shapes_results_is_named_and_no_other(plan, model, mo
     assert changes_with(TORCH_NEW="\udcff\x1b[2J") == [r"TORCH_NEW: None -> \udcff\x1b[2J"]
 
 
-@pytest.mark.parametrize("name", SETTINGS_FILES)
+@pytest.mark.parametrize("name", [*SETTINGS_FILES, "NCCL_TUNER_PLUGIN"])
 def test_a_file_of_settings_is_named_by_its_content(tmp_path, name, plan, model, monkeypatch):
     """NCCL and cuDNN choose algorithms by such files, which once changed without a word, as all paths do."""
 
@@ -194,7 +194,13 @@ def test_a_file_of_settings_is_named_by_its_content(tmp_path, name, plan, model,
     (line,) = describe_changes(before, other)
     assert re.fullmatch(f"{name}: sha256 [0-9a-f]{{12}} -> sha256 [0-9a-f]{{12}}", line)
     (line,) = describe_changes(before, now_with(None))
-    assert line.endswith("-> cannot be read (No such file or directory)")
+    is_file = name in SETTINGS_FILES
+    assert line.endswith("-> cannot be read (No such file or directory)" if is_file else " -> None")
+
+
+def test_a_value_with_a_slash_that_is_no_path_is_recorded(plan, model, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.cpu.hwcaps=-AVX512F/-AVX2")
+    assert conditions(plan, model)["environment"]["GLIBC_TUNABLES"] == "glibc.cpu.hwcaps=-AVX512F/-AVX2"
 
 
 def test_code_edited_outside_git_is_noticed(tmp_path, in_process, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -406,6 +407,28 @@ def test_a_disk_error_while_run_json_is_read_does_not_empty_it(tmp_path, tiny_ru
     assert info.read_info(folder) == {}  # a sweep goes on without it
     in_process("train", "resume=run")
     assert json.loads((folder / "run.json").read_bytes()) == json.loads(before)
+
+
+@pytest.mark.parametrize(
+    "reason,told",
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory", "memory ran out"),
+        (
+            "Both TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD and its counterpart are set",
+            "is undamaged, but PyTorch",
+        ),
+    ],
+)
+def test_a_good_checkpoint_that_cannot_be_loaded_now_is_not_put_aside(tmp_path, monkeypatch, in_process, reason, told):
+    """One moment without memory made a run call all of its checkpoints damaged, and it could not go on later."""
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError(reason)))
+    in_process("train", *RUN, "trainer.max_hours=1e-9", expect=75)
+    before = {path: path.read_bytes() for path in (tmp_path / "out/a/checkpoints").iterdir()}
+    error = in_process("train", "resume=out/a", expect=1).stderr
+    assert told in error and reason in error and "out/a/checkpoints/last.pt: " in error
+    assert {path: path.read_bytes() for path in (tmp_path / "out/a/checkpoints").iterdir()} == before
+    monkeypatch.undo()
+    in_process("train", f"resume={tmp_path}/out/a", "trainer.max_hours=null")
 
 
 def test_a_console_on_a_full_disk_does_not_end_a_run(tmp_path):

@@ -40,6 +40,7 @@ from sasa_train.files import (
     write_aside,
     write_atomic,
 )
+from sasa_train.machine import is_out_of_memory
 from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
@@ -313,7 +314,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the file is truncated, altered (it does not match its manifest or its own checksums) or
             not a checkpoint, or one of its entries has another type or range than this module writes.
-        CheckpointError: the file is missing or cannot be read, or this version does not know its format.
+        CheckpointError: the file is missing or cannot be read, this version does not know its format, or PyTorch
+            cannot load it although it matches its manifest.
     """
     content = _read(path)
     content = content if isinstance(content, dict) else {}
@@ -484,21 +486,27 @@ def _read(path: Path) -> Any:
     # A run may replace the checkpoint after the manifest was read and before the file is opened. In that case the
     # manifest has changed too, and both are read again.
     while True:
-        manifest = None
+        manifest, is_as_saved = None, False
         try:
             manifest = bytes_of(manifest_of(path), may_fail=False)
             with open_regular(path) as file:
                 check_content(file, manifest)
+                is_as_saved = manifest is not None
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
         except Exception as error:  # errors of zipfile, torch and pickle have no common base class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if is_out_of_memory(error):
+                raise CheckpointError(f"{path}: cannot be read, as memory ran out ({reason}); free some") from error
             # EINVAL means damage, because zipfile seeks before the start of a file that is too short. zipfile and torch
             # report a failed read as an error of their own.
             for cause in _causes(error):
                 if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
                     raise CheckpointError(f"{path}: cannot be read ({cause.strerror})") from error
+            if is_as_saved:
+                raise CheckpointError(
+                    f"{path}: is undamaged, but PyTorch {torch.__version__} cannot load it here ({reason}); mend this, "
+                    "or move the file away to go on from an earlier one"
+                ) from error
             if manifest == bytes_of(manifest_of(path)):
                 raise DamagedCheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
 

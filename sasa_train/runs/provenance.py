@@ -49,7 +49,7 @@ OTHER_VARIABLES = (
     "DISABLE_ADDMM_CUDA_LT", "DISABLE_PTXAS_OPT", "GLIBC_TUNABLES", "NVIDIA_TF32_OVERRIDE", "PTXAS_OPTIONS",
 )  # fmt: skip
 # Paths of files with settings, which are recorded by their content.
-SETTINGS_FILES = ("CUDNN_ERRATA_JSON_FILE", "NCCL_CONF_FILE")
+SETTINGS_FILES = ("CUDNN_ERRATA_JSON_FILE", "NCCL_CONF_FILE", "NCCL_GRAPH_FILE", "NCCL_TOPO_FILE")
 # OMP_NUM_THREADS and its like are not recorded, because torch reports their effect.
 NOT_SHAPING = re.compile(
     r"(KMP|MKL|OMP|OPENBLAS)_NUM_THREADS|CUDA_DEVICE_(MAX_CONNECTIONS|ORDER)|TORCH_(CUDA_ARCH_LIST|FR_.*|NCCL_.*)|.*_"
@@ -182,20 +182,22 @@ def shapes_results(variable: Any) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Return the variables that are set and may shape the results; a value with a slash is a path."""
+    """Return the variables that are set and may shape the results, with a digest for a file; folders are left out."""
     found = {name: value for name, value in sorted(os.environ.items()) if value and shapes_results(name)}
-    texts = {name: _short(value) for name, value in found.items() if "/" not in value}
-    return {name: printable(text) for name, text in (texts | _settings_files(found)).items()}
+    values = {name: _content_or_text(name, value) for name, value in found.items()}
+    return {name: printable(value) for name, value in values.items() if value is not None}
 
 
-def _settings_files(variables: dict[str, str]) -> dict[str, str]:
-    found = {}
-    for name in filter(variables.__contains__, SETTINGS_FILES):
-        try:
-            found[name] = f"sha256 {hashlib.sha256(read_regular(Path(variables[name]))).hexdigest()[:12]}"
-        except (OSError, ValueError) as error:
-            found[name] = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    return found
+def _content_or_text(name: str, value: str) -> str | None:
+    """Return what a variable stands for: the content of a file, whose path may differ, or the text; None if neither."""
+    if name not in SETTINGS_FILES and "/" not in value:
+        return _short(value)
+    try:
+        return f"sha256 {hashlib.sha256(read_regular(Path(value))).hexdigest()[:12]}"
+    except (OSError, ValueError) as error:
+        if name in SETTINGS_FILES:
+            return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        return None if os.path.isabs(value) or os.path.isdir(value) else _short(value)
 
 
 def _short(value: str) -> str:
