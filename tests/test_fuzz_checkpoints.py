@@ -175,6 +175,18 @@ def changed(tensors: dict, end: str, factor: float) -> dict:
     return tensors | {name: tensors[name] * factor}
 
 
+def test_a_list_without_end_beside_the_parts_of_a_checkpoint_is_refused(tmp_path):
+    """What no reader asks for is not in the schema, and was followed for ever."""
+    again: list = []
+    for _ in range(60):
+        again = [again, again]
+    for without_end in (CYCLE, again):
+        part = {"rng": content(7)["rng"] | {"more": without_end}}
+        torch.save(content(7) | part, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match="x.pt: is not a checkpoint of sasa_train .it has more than"):
+            load_checkpoint(tmp_path / "x.pt")
+
+
 def rows_of(whole: dict, *more: dict) -> str:
     """Return a checkpoint's metrics without those of the last step, and with more rows."""
     rows = [row for row in map(json.loads, whole["metrics"].splitlines()) if row["step"] < whole["step"]]

@@ -44,6 +44,7 @@ from sasa_train.machine import is_out_of_memory
 from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
+    MAX_PARTS,
     MAX_SECONDS,
     PLAIN,
     TEXT,
@@ -331,8 +332,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _first_excess(content: dict[str, Any]) -> str | None:
-    """Say that the tensors would take much more memory than the file has bytes, or return None."""
-    tensors = list(filter(is_dense, _parts(content)))
+    """Say that the content would take much more time or memory than the file has bytes, or return None."""
+    try:
+        tensors = list(filter(is_dense, _parts(content)))
+    except ValueError as error:
+        return str(error)
     stored = sum({(storage := x.untyped_storage()).data_ptr(): storage.nbytes() for x in tensors}.values())
     # An optimizer loads its state in its parameters' dtype. Layers may share weights, and weights may be bfloat16.
     loaded = sum(x.numel() * max(x.itemsize, 4) for x in tensors)
@@ -342,9 +346,16 @@ def _first_excess(content: dict[str, Any]) -> str | None:
 
 
 def _parts(content: Any) -> Iterator[Any]:
-    """Yield what a checkpoint's lists and dicts hold, at any depth."""
-    left = [content]
+    """Yield what a checkpoint's lists and dicts hold, at any depth.
+
+    Raises:
+        ValueError: they hold too much: a list may contain itself, or the same list again and again.
+    """
+    left, num_parts = [content], 0
     while left:
+        num_parts += 1
+        if num_parts + len(left) > 10 * MAX_PARTS:
+            raise ValueError(f"it has more than {10 * MAX_PARTS:,} parts")
         part = left.pop()
         if isinstance(part, dict | list | tuple):
             left += part.values() if isinstance(part, dict) else part
