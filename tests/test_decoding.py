@@ -631,12 +631,12 @@ MISREAD = {
     "png-two-exif": (png_with(2, before=turned(6) + turned(1), pixels=RED), "two chunks eXIf"),
     "apng-substitute": (encoded(Image.new("RGB", (32, 16)), "PNG", **ANIMATED), "an animation.*substitute"),
     "jpeg-ends": (ended_early(), "ends before its last pixels"),
-    "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a damaged JPEG: zeros stand"),
-    "fax-zeros": (zeros_behind(encoded(NOISE.convert("1"), "TIFF", compression="group4")), "zeros stand.*of strip 0"),
+    "jpeg-zeros": (zeros_behind(encoded(NOISE, "JPEG", quality=95)), "a JPEG that ends with zeros"),
+    "fax-zeros": (zeros_behind(encoded(NOISE.convert("1"), "TIFF", compression="group4")), "strip 0 ends with zeros"),
     "fax-4-few-rows": (short_in_tiff(scan(20), "group4"), "strip 0 lacks rows"),
     "fax-3-few-rows": (short_in_tiff(scan(20), "group3"), "strip 0 lacks rows"),
-    "deflate-zeros": (zeros_behind(tiff(SLOPE, Compression=8)), "zeros stand.*of strip 0"),
-    "jpeg-strip-zeros": (zeros_behind(encoded(NOISE, "TIFF", compression="jpeg")), "zeros stand.*of strip 0"),
+    "deflate-zeros": (zeros_behind(tiff(SLOPE, Compression=8)), "strip 0 ends with zeros"),
+    "jpeg-strip-zeros": (zeros_behind(encoded(NOISE, "TIFF", compression="jpeg")), "strip 0 ends with zeros"),
     "jp2-signed": (boxes().replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3), "ihdr"),
     "j2k-signed": (
         encoded(corners(), "JPEG2000", no_jp2=True).replace(b"\x07\x01\x01" * 3, b"\x87\x01\x01" * 3),
@@ -700,6 +700,11 @@ def test_whole_files_that_look_as_if_cut_are_read(tmp_path):
         assert np.array_equal(read(tmp_path, content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
     whole = encoded(NOISE, "JPEG", restart_marker_rows=1)
     assert np.array_equal(read(tmp_path, with_fill_bytes()), read(tmp_path, whole))
+    grey_end = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    grey_end[24:] = 128
+    for options in ({}, {"progressive": True}, {"restart_marker_rows": 1}):
+        whole = encoded(Image.fromarray(grey_end), "JPEG", **options)
+        assert np.array_equal(read(tmp_path, whole[:-2] + b"\xff\xff" + whole[-2:]), read(tmp_path, whole))
     assert read(tmp_path, ARITHMETIC_JPEG)[8:].tolist() == [[[128] * 3] * 16] * 16
 
 
@@ -729,7 +734,7 @@ def test_grey16_refuses_an_avif_of_which_pillow_keeps_fewer_bits():
 
 
 if "AVIF" in FORMATS:
-    MISREAD["avif-zeros"] = (half_zeros(encoded(NOISE, "AVIF", quality=99)), "a damaged AVIF: zeros stand")
+    MISREAD["avif-zeros"] = (half_zeros(encoded(NOISE, "AVIF", quality=99)), "an AVIF whose pixels end with zeros")
     MISREAD["avif-crop"] = (cropped_avif(), r"a crop \(clap\).*convert it")
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from sasa_train.data import tiff
 from sasa_train.data.jpeg2000 import boxes_of, check_jpeg2000
-from sasa_train.data.whole import check_chunks, check_end, check_restarts
+from sasa_train.data.whole import NOT_WHOLE, check_chunks, check_end, check_restarts
 
 NUM_ZEROS = 64  # at the end of an AVIF's pixels, which no encoder writes; those of WebP do
 # What files often are that are named as images but are none that Pillow knows, by the expression that they begin with.
@@ -92,7 +92,7 @@ def _check(file: BinaryIO, image: Image.Image) -> None:
             raise ValueError("an AVIF with a crop (clap), which Pillow ignores; convert it, for example to PNG")
         file.seek(0)
         if any(kind == b"mdat" and _ends_with_zeros(box) for kind, box in boxes_of(memoryview(file.read()))):
-            raise ValueError("a damaged AVIF: zeros stand where its last pixels should be; replace the file")
+            raise ValueError(f"an AVIF whose pixels end with zeros{NOT_WHOLE}")
         image.info[DEEP_AVIF] = any(kind == b"av1C" and len(box) > 2 and box[2] & 0x40 for kind, box in properties)
     elif image.format == "GIF" and _has_grey_palette_beside_another(file):
         raise ValueError(

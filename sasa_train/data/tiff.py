@@ -9,7 +9,7 @@ from typing import BinaryIO
 from PIL import Image, ImageFile
 
 from sasa_train.data import fax
-from sasa_train.data.whole import segments
+from sasa_train.data.whole import NOT_WHOLE, segments
 
 SUBFILE, WIDTH, LENGTH, BITS, PHOTOMETRIC, FILL_ORDER, STRIP_OFFSETS, CHANNELS = 254, 256, 257, 258, 262, 266, 273, 277
 ROWS_PER_STRIP, STRIP_BYTES, MAX_SAMPLE, PLANAR, COLOUR_MAP, TILE_WIDTH, TILE_LENGTH = 278, 279, 281, 284, 320, 322, 323
@@ -225,9 +225,7 @@ def _check_tails(file: BinaryIO, image: Image.Image, zeros: bytes) -> None:
         tail = min(int(size), len(zeros))
         file.seek(int(offset + size) - tail)
         if file.read(tail) == zeros:
-            raise ValueError(
-                f"a damaged TIFF: zeros stand where the pixels of strip {number} should be; replace the file"
-            )
+            raise ValueError(f"a TIFF whose strip {number} ends with zeros{NOT_WHOLE}")
 
 
 def _check_fax(file: BinaryIO, image: Image.Image, group: int) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 PIXELS = zlib.crc32(b"IDAT")  # the checksum begins with the chunk's kind
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by a PNG's colour type
 PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+# Some programs pad what is whole with zeros, too.
+NOT_WHOLE = ", as one that was not copied whole; replace it or, if viewers show all of it, save it anew"
 GREY = {127, 128}  # in all channels of a CMYK JPEG's pixels that are missing; Pillow inverts some
 FILLER = b"\x5a\xa5\x3c\x96" * 4  # 16 bytes of codes, which would change missing pixels
 SCAN, END, INTERVAL, BASELINE = 0xDA, 0xD9, 0xDD, (0xC0, 0xC1)
@@ -54,7 +56,7 @@ def check_end(file: BinaryIO) -> None:
         return
     file.seek(0)
     if END not in (marker for marker, _ in segments(file.read())):
-        raise ValueError("a damaged JPEG: zeros stand where its last pixels should be; replace the file")
+        raise ValueError(f"a JPEG that ends with zeros{NOT_WHOLE}")
 
 
 def check_restarts(file: BinaryIO) -> None:
@@ -188,7 +190,7 @@ def _check_last_pixels(file: BinaryIO) -> None:
     markers = dict(reversed([*segments(content)]))
     if not any(frame in markers for frame in HUFFMAN):
         return  # arithmetic codes go on beyond the last of their bytes
-    end = markers.get(END, len(content))
+    end = len(content[: markers.get(END)].rstrip(b"\xff"))  # fill bytes may precede a marker
     longer = content[:end] + FILLER + content[end:]
     with Image.open(io.BytesIO(content), formats=["JPEG"]) as stored:
         pixels = stored.tobytes()
