@@ -16,6 +16,7 @@ from running_commands import TINY
 from screens import lines_in_terminal
 
 from sasa_train.config.derived import has_top5
+from sasa_train.runs.metrics import read_metrics
 from sasa_train.terminal import duration, fitting
 from sasa_train.training import log
 from sasa_train.training.log import RunLogger
@@ -145,14 +146,19 @@ def test_the_log_comes_back_from_the_checkpoint_whatever_happened_to_it(tmp_path
     assert path.read_bytes() == whole
 
 
-def test_rows_wait_while_the_disk_is_full(tmp_path, capsys):
+@pytest.mark.parametrize("keeps_rest", [False, True])
+def test_rows_wait_while_the_disk_is_full(tmp_path, capsys, keeps_rest):
+    """A failing disk may keep what it has of a row, too, which once ended the run."""
     logger = RunLogger(tmp_path, "", step=0, total_steps=8)
     logger.write(row("train", 1))
     file = logger._file
     real, file._file = file._file, FullDisk(file._file)
+    if keeps_rest:
+        file._file.truncate = mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO)))
     logger.write(row("train", 2))
     logger.write(row("train", 3))
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no partial row
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1  # no whole row
+    assert [each["step"] for each in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     file._file = real
     logger.write(row("train", 4))
     logger.close()

@@ -46,6 +46,7 @@ class MetricsFile:
             write_atomic(self.path, text.encode())
         self._file = self.path.open("ab", buffering=0)
         self._num_written, self._size = len(self._lines), self.path.stat().st_size
+        self._has_rest = False  # of rows that could not be written whole
 
     @property
     def text(self) -> str:
@@ -63,14 +64,22 @@ class MetricsFile:
         """Append all rows that are not in the file yet, or none if that fails; the checkpoints contain them as well."""
         data = "".join(self._lines[self._num_written :]).encode()
         try:
+            self._remove_rest()
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._file.truncate(self._size)
+            self._has_rest = True
+            with contextlib.suppress(OSError):  # it is tried again before the next rows
+                self._remove_rest()
             warn(f"{self.path} cannot be written ({error.strerror}); its rows wait for room")
             return
         self._num_written, self._size = len(self._lines), self._size + len(data)
+
+    def _remove_rest(self) -> None:
+        if self._has_rest:
+            self._file.truncate(self._size)
+            self._has_rest = False
 
     def close(self) -> None:
         self._flush()
