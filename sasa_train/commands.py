@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure
+from sasa_train.refusal import CheckpointError, ConfigError, ExpectedFailure, causes
 from sasa_train.terminal import DONE, FAILED, REFUSED, escape_unknown_letters, fail
 
 
@@ -103,16 +103,23 @@ def run(
         return FAILED
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether Ctrl-C led to an error: code that it cuts short may fail in its own cleanup."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
+
+
 def end_command(run_command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command that has no checkpoints to save, then exit; Ctrl-C and closed pipes cause no traceback."""
     escape_unknown_letters()
     try:
         code = run_command(sys.argv[1:])
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        fail(RuntimeError("stopped"))
-        code = FAILED
     except BrokenPipeError:  # as in `sasa-summary | head`; Python flushes again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
+    except (KeyboardInterrupt, Exception) as error:
+        if not is_interrupt(error):
+            raise
+        fail(RuntimeError("stopped"))
         code = FAILED
     sys.exit(code)

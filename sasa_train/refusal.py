@@ -1,6 +1,7 @@
 """Exceptions for invalid configs and inputs, and what libraries raise for invalid values and the system for disks."""
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -31,6 +32,14 @@ DISK_FAILED = {
         "ECOMM", "EPROTO", "ESHUTDOWN",
     )
 }  # fmt: skip
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those during whose handling it was raised."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
 
 
 def is_of_disk(error: BaseException) -> bool:

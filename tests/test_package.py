@@ -331,9 +331,14 @@ def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
     process.wait()
 
 
-def test_ctrl_c_is_said_in_a_word(capsys):
+@pytest.mark.parametrize("cleanup", ["whole", "half-way"])
+def test_ctrl_c_is_said_in_a_word(capsys, cleanup):
     def run_command(arguments: list[str]) -> int:
-        raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        finally:
+            if cleanup == "half-way":  # as of a library that was cut short while it built an object
+                raise AttributeError("'NoneType' object has no attribute 'flags'")
 
     with pytest.raises(SystemExit) as ended:
         end_command(run_command)

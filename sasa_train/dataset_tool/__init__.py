@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sasa_train.commands import described, positive, run
+from sasa_train.commands import described, is_interrupt, positive, run
 from sasa_train.files import did_you_mean
 from sasa_train.machine import usable_processors
 from sasa_train.refusal import ConfigError
@@ -64,7 +64,9 @@ def run_command(arguments: list[str]) -> int:
         arguments, overrides = split_overrides(arguments)  # argparse takes them only where they follow ROOT at once
     try:
         return run(build_parser(), arguments, partial(work, overrides=overrides), has_subcommands=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not is_interrupt(error):
+            raise
         fail(RuntimeError("stopped; run the same command again"))
         return INTERRUPTED
 

@@ -41,7 +41,7 @@ from sasa_train.files import (
     write_atomic,
 )
 from sasa_train.machine import is_out_of_memory
-from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, shorten
+from sasa_train.refusal import DISK_FAILED, DISK_FULL, CheckpointError, ConfigError, causes, shorten
 from sasa_train.runs.metrics import is_log, parse_log
 from sasa_train.runs.schema import (
     MAX_PARTS,
@@ -510,7 +510,7 @@ def _read(path: Path) -> Any:
                 raise CheckpointError(f"{path}: cannot be read, as memory ran out ({reason}); free some") from error
             # EINVAL means damage, because zipfile seeks before the start of a file that is too short. zipfile and torch
             # report a failed read as an error of their own.
-            for cause in _causes(error):
+            for cause in causes(error):
                 if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):
                     raise CheckpointError(f"{path}: cannot be read ({cause.strerror})") from error
             if is_as_saved:
@@ -556,14 +556,6 @@ def _parse_manifest(manifest: bytes) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"its manifest is damaged: {wrong}")
     return parsed
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those during whose handling it was raised."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or link.__context__
 
 
 def bytes_of(path: Path, may_fail: bool = True) -> bytes | None:
