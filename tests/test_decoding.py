@@ -85,6 +85,13 @@ def tiff(pixels: np.ndarray, **stated) -> bytes:
     return head + directory + bytes(4) + content + b"".join(strips)
 
 
+def sparse_tiff() -> bytes:
+    """Return a TIFF without its only strip, which is then 0, as GDAL writes it."""
+    content = tiff(np.zeros((8, 8), dtype=np.uint8), StripByteCounts=0)
+    place = content.index(struct.pack("<HHL", 273, 4, 1)) + 8
+    return content[:place] + bytes(4) + content[place + 4 :]
+
+
 def read(folder: Path, content: bytes, **keys) -> np.ndarray:
     (folder / "x").write_bytes(content)
     return one_image(folder / "x").read(0, lambda image: np.asarray(to_rgb(image, Decoding(**keys))))
@@ -592,7 +599,8 @@ MISREAD = {
     "indexed": (tiff(RAMP.astype("u1"), Indexed=1), "Indexed=1.*convert it"),
     "short-palette": (tiff((RAMP % 4).astype("u1"), PhotometricInterpretation=3, ColorMap=[9] * 12), "ColorMap of 12"),
     "few-strips": (tiff(RAMP[:4].astype("u1"), RowsPerStrip=2), "1 strips instead of 2"),
-    "sparse": (tiff(RAMP.astype("u1"), StripByteCounts=0), "a sparse TIFF"),
+    "no-sizes": (tiff(RAMP.astype("u1"), StripByteCounts=0), "the sizes of its strips are not stated"),
+    "sparse": (sparse_tiff(), "a sparse TIFF"),
     "short-strip": (tiff(RAMP.astype("u1"), StripByteCounts=63), "number 0 has 7 rows instead of 8"),
     "short-jpeg-strip": (short_in_tiff(), "number 0 has 16 rows instead of 32"),
     "max-565": (tiff(THREE, MaxSampleValue=[31, 63, 31]), "MaxSampleValue=31,63,31.*same value.*convert it"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making_data import assert_same, batches, config_for, padded, pax_header, tar_header, tar_of
+from making_data import assert_same, batches, config_for, encoded, padded, pax_header, tar_header, tar_of
 from PIL import Image
 
 from sasa_train.config.compose import compose_config
@@ -128,6 +128,18 @@ def test_the_images_after_a_damaged_header_are_not_lost_in_silence(tmp_path):
         (tmp_path / "train/0.tar").write_bytes(content)
         with pytest.raises(ConfigError, match=f"0.tar: cannot be read as a shard .{reason}"):
             load_shards(find_shards(tmp_path, "train"), "train")
+
+
+def test_members_of_no_sample_are_named(tmp_path, capsys):
+    """An image without a label was left out in silence if its name did not say that it is one."""
+    picture = encoded(Image.new("RGB", (4, 4)), "PNG")
+    samples = [("0.png", picture), ("0.cls", b"0"), ("0.json", b"{}"), ("README", b"text"), ("clip.mp4", b"x")]
+    write_webdataset(tmp_path / "train", "0.tar", samples)
+    assert len(load_shards(find_shards(tmp_path, "train"), "train")[1]) == 1
+    assert "not images: 2 (0.tar:README, 0.tar:clip.mp4)" in capsys.readouterr().err
+    write_webdataset(tmp_path / "train", "0.tar", [*samples, ("IMG_0001", picture)])
+    with pytest.raises(ConfigError, match="IMG_0001 has no label; a .cls file of the same name holds it"):
+        load_shards(find_shards(tmp_path, "train"), "train")
 
 
 LABEL = padded(tar_header("a.cls", b"0", b"00000000001") + b"0")

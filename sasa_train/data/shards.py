@@ -341,11 +341,14 @@ def _read_shard(path: Path, left_out: LeftOut) -> tuple[dict[str, tuple[int, int
                 if key in labels:
                     raise ValueError(f"it has two files {member.name}")
                 labels[key] = _read_label(file, member)
-        for key in sorted(labels.keys() - images.keys()):
-            found = next((m for m in others.get(key, ()) if _holds_image(file, m)), None)
+        for key in sorted((labels.keys() | others.keys()) - images.keys()):
+            members = others.get(key, [])
+            found = next((m for m in members if _holds_image(file, m)), None)
             if found is not None:
                 images[key] = found.offset_data, found.size, found.name
-            elif not any(map(_is_unsupported, others.get(key, ()))):
+            elif key not in labels:
+                left_out.foreign += [f"{path.name}:{m.name}" for m in members if not _is_unsupported(m)]
+            elif not any(map(_is_unsupported, members)):
                 left_out.foreign.append(f"{path.name}:{key.removeprefix('/')}.cls")
     unread = [m for key, members in others.items() if key not in images for m in members if _is_unsupported(m)]
     left_out.unsupported += [f"{path.name}:{member.name}" for member in unread]

@@ -206,8 +206,10 @@ def _check_strips(file: BinaryIO, image: Image.Image, is_raw: bool) -> None:
     needed = down * math.ceil(width / across) * (channels if is_planar else 1)
     if len(offsets) != needed:
         raise ValueError(f"a damaged TIFF: it has {len(offsets)} {kind} instead of {needed}; replace the file")
-    if 0 in offsets or 0 in stated:
+    if 0 in offsets:
         raise ValueError(f"a sparse TIFF, in which {kind} without pixels are left out; write it without SPARSE_OK")
+    if 0 in stated:
+        raise ValueError(f"a TIFF of which the sizes of its {kind} are not stated (0 bytes); save it anew")
     for number, (offset, count) in enumerate(zip(offsets, stated, strict=False)):
         lines = min(rows, length - rows * (number % down)) if kind == "strips" else rows
         found = int(count) // size if is_raw else _lines_of_jpeg(file, int(offset), int(count))

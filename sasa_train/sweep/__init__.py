@@ -9,7 +9,7 @@ import time
 from sasa_train.config.bounds import print_keys
 from sasa_train.config.keys import key_table
 from sasa_train.files import inside, lock_folder
-from sasa_train.refusal import ConfigError, ExpectedFailure
+from sasa_train.refusal import DISK_FULL, ConfigError, ExpectedFailure
 from sasa_train.runs.info import has_finished
 from sasa_train.runs.ledger import Ledger
 from sasa_train.signals import Interrupted, StopRequest, ignore_until_the_end
@@ -56,7 +56,8 @@ def run_command(arguments: list[str]) -> int:
         fail(error)
         return FAILED
     except OSError as error:
-        fail(OSError(f"{error}; the jobs save and stop. Make room, and run the same command again"))
+        remedy = "make room" if error.errno in DISK_FULL else "mend this"
+        fail(OSError(f"{error}; jobs that run save and stop: {remedy}, and run the same command again"))
         return FAILED
     except Interrupted:
         print("stopped before a job began; run the same command again", file=sys.stderr)
