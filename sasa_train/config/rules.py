@@ -174,7 +174,8 @@ def _of_code(config: TrainConfig) -> Rules:
         names = names if isinstance(names, list) else [names]
         rule = "must be a dotted name of your own code, as in my_models.TinyNet"
         yield all(re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) for name in names), key, rule
-    yield (data.name == "own") == (data.target is not None), "data.target", "and data=own need each other"
+    rule = "and data.name=own (data=own) need each other"
+    yield (data.name == "own") == (data.target is not None), "data.target", rule
     rule = "needs data.target or data.dataset: it holds the arguments of these"
     yield not data.args or data.name in ("own", "torchvision", "hf"), "data.args", rule
     rule = "is for data.root; your own function (data.target) chooses its val set itself"
@@ -217,7 +218,8 @@ def _of_lists(config: TrainConfig) -> Rules:
     yield not is_list or data.split is None, "data.split", "is for data.root; a list is chosen by data.val"
     yield is_list or data.root is not None, "data.root", "must be a folder; only for data=list may it be null"
     yield is_named or data.dataset is None, "data.dataset", "is for data=torchvision and data=hf"
-    yield not is_named or data.dataset is not None, "data.dataset", f"and data={data.name} need each other"
+    rule = f"and data.name={data.name} (data={data.name}) need each other"
+    yield not is_named or data.dataset is not None, "data.dataset", rule
     rule = "must be a class of torchvision.datasets, as in Flowers102"
     yield data.name != "torchvision" or str(data.dataset).isidentifier(), "data.dataset", rule
 
