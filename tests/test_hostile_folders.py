@@ -177,6 +177,9 @@ def test_a_disk_that_fails_at_the_lock_is_named_as_such(tmp_path, in_process, mo
     "broken,file,words",
     [
         ("open", "best.pt", ("evaluate", "run")),
+        ("open", "config.yaml", ("report", "run")),
+        ("open", "metrics.jsonl", ("report", "run")),
+        ("open", "run.json", ("report", "--list", ".")),
         ("mkdir", "report", ("report", "run")),
         ("mkdir", "s", ("sweep", *TINY[:-1], "seed=1,2", "sweep.output_dir=sweeps", "sweep.name=s")),
         ("fsync", "table.csv", ("report", "run")),

@@ -27,6 +27,7 @@ import sasa_train
 from sasa_train import evaluate, files
 from sasa_train.config.compose import compose_config
 from sasa_train.config.saved import to_yaml
+from sasa_train.refusal import ConfigError
 from sasa_train.report.facts import headline
 from sasa_train.report.jobs import find_jobs
 from sasa_train.runs import info, provenance
@@ -401,8 +402,10 @@ def test_a_disk_error_while_run_json_is_read_does_not_empty_it(tmp_path, tiny_ru
     assert "the disk failed at" in error and "run.json (Input/output error); run the same command once" in error
     assert (folder / "run.json").read_bytes() == before
     left.append(1)
-    (job,) = find_jobs([folder]).jobs
-    assert job.state == "damaged" and job.reason.endswith("run.json: cannot be read (Input/output error)")
+    with pytest.raises(
+        ConfigError, match=r"run.json: cannot be read \(Input/output error\); run the same command once"
+    ):
+        find_jobs([folder])
     left.append(1)
     assert info.read_info(folder) == {}  # a sweep goes on without it
     in_process("train", "resume=run")

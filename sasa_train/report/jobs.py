@@ -20,7 +20,7 @@ from sasa_train.config.places import where_trained
 from sasa_train.config.saved import load_config_file
 from sasa_train.files import LOCK, holder, is_there, read_regular
 from sasa_train.paper import VARIED
-from sasa_train.refusal import ConfigError, shorten
+from sasa_train.refusal import ConfigError, is_of_disk, shorten
 from sasa_train.runs.info import ENDED, ends_early, read_info_or_raise
 from sasa_train.runs.ledger import Job as LedgerJob
 from sasa_train.runs.ledger import read_ledger
@@ -248,18 +248,24 @@ def _run_job(run_dir: Path) -> Job:
 
 
 def _read_run(job: Job, run_dir: Path) -> None:
-    """Fill in the job's fields from its run folder."""
+    """Fill in the job's fields from its run folder.
+
+    Raises:
+        ConfigError: the disk fails, so that nothing is known about the run.
+    """
     job.run_dir = run_dir
     try:
         job.config = load_config_file(run_dir / "config.yaml")
         rows = read_metrics(run_dir / "metrics.jsonl")
         job.info = read_info_or_raise(run_dir)
         job.config = where_trained(job.config, job.info.get("directory"))
-    except ConfigError as error:
-        job.state, job.reason = "damaged", str(error)
-        return
-    except OSError as error:
-        job.state, job.reason = "damaged", f"{error.filename}: cannot be read ({error.strerror})"
+    except (ConfigError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{error.filename}: cannot be read ({error.strerror})"
+        if is_of_disk(error):
+            raise ConfigError(f"{reason}; run the same command once the disk is back, or without this run") from error
+        job.state, job.reason = "damaged", reason
         return
     job.val = [row for row in rows if row["split"] == "val"]
     other_config = _changed(job, "config.yaml", "config_sha256") if job.info.get("status") in ENDED else None
