@@ -34,20 +34,22 @@ DISK_FAILED = {
 }  # fmt: skip
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those during whose handling it was raised."""
+def causes(error: BaseException, with_context: bool = True) -> Iterator[BaseException]:
+    """Yield an error and those from which or, `with_context`, during whose handling it was raised."""
     link: BaseException | None = error
-    while link is not None:
+    seen: list[BaseException] = []
+    while link is not None and all(link is not each for each in seen):  # OmegaConf chains some in a cycle
         yield link
-        link = link.__cause__ or link.__context__
+        seen.append(link)
+        link = link.__cause__ or (link.__context__ if with_context else None)
 
 
 def is_of_disk(error: BaseException) -> bool:
     """Return whether an error is, or was raised from, one of a full or failing disk; the input may be right then."""
     # A socket or pipe in place of a file gives ENXIO, too.
-    if isinstance(error, OSError) and error.errno in {*DISK_FAILED, errno.ENOSPC, errno.EDQUOT} - {errno.ENXIO}:
-        return True
-    return error.__cause__ is not None and is_of_disk(error.__cause__)
+    numbers = {*DISK_FAILED, errno.ENOSPC, errno.EDQUOT} - {errno.ENXIO}
+    found = causes(error, with_context=False)
+    return any(isinstance(cause, OSError) and cause.errno in numbers for cause in found)
 
 
 def require(holds: bool, key: str, value: Any, rule: str) -> None:

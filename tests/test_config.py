@@ -75,6 +75,10 @@ def test_a_misspelt_key_in_a_file_is_refused(own_configs):
             ["data=list", "data.train=a", "data.val=b", "data.holdout_fraction=0.1"],
             "takes val from train, but data.val",
         ),
+        (
+            ["trainer.loss=" + "[" * 900 + "]" * 900],
+            "cannot be read .it is nested too deeply.; an override is key=value",
+        ),
         (["data.root=null"], "data.root=None must be a folder; only for data=list may it be null"),
         (["data=list", "data.train=a.csv", "data.args={a:1}"], "data.args=.* needs data.target or data.dataset"),
         (["data=torchvision"], "data.dataset=None and data.name=torchvision .data=torchvision. need each other"),

@@ -1,5 +1,6 @@
 """Check the single table of commands, fast imports, tab completion and matching version numbers."""
 
+import errno
 import json
 import os
 import pty
@@ -17,8 +18,9 @@ import pytest
 
 import sasa_train
 from sasa_train.__main__ import completion_script, run_command
-from sasa_train.commands import COMMANDS, end_command
+from sasa_train.commands import COMMANDS, end_command, is_interrupt
 from sasa_train.extras import EXTRAS
+from sasa_train.refusal import ConfigError, causes, is_of_disk
 from sasa_train.terminal import WAITING
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +331,13 @@ def test_a_reader_that_went_away_is_no_error_in_the_code(arguments):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait()
+
+
+def test_errors_that_libraries_chain_in_a_cycle_have_an_end():
+    """With OC_CAUSE=1, OmegaConf raises an error from itself."""
+    error, refused = OSError(errno.EIO, "Input/output error"), ConfigError("x: cannot be read")
+    error.__cause__, refused.__cause__ = refused, error
+    assert list(causes(refused)) == [refused, error] and is_of_disk(refused) and not is_interrupt(refused)
 
 
 @pytest.mark.parametrize("cleanup", ["whole", "half-way"])

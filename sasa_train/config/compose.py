@@ -36,7 +36,7 @@ from sasa_train.config.overrides import (
 )
 from sasa_train.config.own_keys import use_code, use_code_of, use_presets
 from sasa_train.config.rules import check_values, validate
-from sasa_train.refusal import ConfigError, shorten
+from sasa_train.refusal import ConfigError, causes, shorten
 
 # OmegaConf's message for a value of the wrong type, and its types in plain words.
 KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
@@ -258,11 +258,9 @@ def as_overrides(config: TrainConfig, named: AbstractSet[str] = frozenset()) -> 
 
 def explain(error: Exception) -> str:
     """Summarise an error of Hydra or OmegaConf in one or two lines that name the key and the most similar valid key."""
-    chain: list[BaseException] = [error]
-    # OmegaConf chains some errors in a cycle.
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and all(cause is not c for c in chain):
-        chain.append(cause)
-    for link in chain:
+    if isinstance(error, RecursionError):
+        return "lists or dicts are nested too deeply"
+    for link in causes(error):
         full_key = getattr(link, "full_key", None) or ""
         key = full_key.partition("[")[0]  # "data.mean" for data.mean[1]
         if key and (wrong_kind := re.fullmatch(NOT_CONVERTED, str(link).splitlines()[0])):

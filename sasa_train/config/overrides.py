@@ -222,8 +222,9 @@ def _parse(override: str, text_keys: frozenset[str]) -> Override:
         parsed.input_line = override
         return parsed
     except (HydraException, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(error)
         raise ConfigError(
-            f"{shorten(override)}: cannot be read ({shorten(error)}); an override is key=value, as in "
+            f"{shorten(override)}: cannot be read ({reason}); an override is key=value, as in "
             "trainer.epochs=10; put a value with special characters in two pairs of quotes: \"key='...'\""
         ) from error
 
