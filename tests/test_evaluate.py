@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import os
 import shutil
 import sys
 from fractions import Fraction
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from sasa_train import evaluate, train, visualize
+from sasa_train import evaluate, predict, train, visualize
 from sasa_train.data.transforms import fit
 from sasa_train.dataset_tool import run_command
 from sasa_train.evaluate.calibration import best_temperature, bin_by_confidence, calibrate, expected_error
@@ -254,6 +255,19 @@ def test_predictions_are_those_of_the_images_they_name(run_dir, tmp_path, capsys
     written = list(csv.DictReader((tmp_path / "p.csv").open()))
     numbers = {"probability": float, "label_probability": float}
     assert [{name: numbers.get(name, str)(text) for name, text in row.items()} for row in written] == rows
+
+
+def test_odd_names_of_files_are_those_of_sasa_predicts_table(run_dir, tmp_path, capsys):
+    """They were escaped here alone, so that the two tables could not be joined."""
+    for wnid, name in zip(WNIDS, (b"a\nb.png", b"\xff.png", b"=c.png"), strict=False):
+        (tmp_path / "odd" / wnid).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "odd" / wnid / os.fsdecode(name))
+    run(capsys, run_dir, "--predictions", tmp_path / "e.csv", f"data.root={tmp_path}/odd")
+    words = [str(run_dir), f"{tmp_path}/odd", "--format=csv", f"--output={tmp_path}/p.csv"]
+    assert predict.run_command(words) == 0
+    tables = [(tmp_path / name).open(errors="surrogateescape", newline="") for name in ("e.csv", "p.csv")]
+    evaluated, predicted = ([row[0] for row in csv.reader(file)][1:] for file in tables)
+    assert evaluated == predicted and len(evaluated) == 3
 
 
 def answer(trained, path: str, is_mirrored: bool = False) -> torch.Tensor:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sasa_train.extras import why_not
 from sasa_train.files import kind
 from sasa_train.refusal import ConfigError
-from sasa_train.terminal import printable
 
 if TYPE_CHECKING:
     from sasa_train.data.datasets import ImageSet
@@ -57,7 +56,7 @@ def write_outputs(
             text = csv_text([rows[0], *(row.values() for row in rows)])
         else:
             text = "".join(json.dumps(row) + "\n" for row in rows)
-        contents.append((options.predictions, text.encode()))
+        contents.append((options.predictions, text.encode("utf-8", "surrogateescape")))
     if options.json:
         contents.append((options.json, json.dumps(figures, indent=1, default=dataclasses.asdict).encode() + b"\n"))
     if options.plot:
@@ -76,16 +75,19 @@ def write_outputs(
 
 
 def prediction_rows(answers: "Answers", images: "ImageSet") -> Iterator[dict[str, Any]]:
-    """Yield a row for each readable image in the order of val, with probabilities from 0 to 1."""
+    """Yield a row for each readable image in the order of val, with probabilities from 0 to 1.
+
+    Names are those of the files, as in sasa-predict's tables, so that both can be joined.
+    """
     from sasa_train.evaluate.calibration import confidences_of
 
-    names = [printable(name) for name in images.classes]
+    names = images.classes
     labels, predictions = answers.labels.tolist(), answers.predictions.tolist()
     probabilities = confidences_of(answers.logits, answers.predictions).tolist()
     of_labels = confidences_of(answers.logits, answers.labels).tolist()
     for i, index in enumerate(answers.indices):
         yield {
-            "image": printable(images.name(int(index))),
+            "image": images.name(int(index)),
             "label": names[labels[i]],
             "prediction": names[predictions[i]],
             "probability": probabilities[i],
