@@ -33,8 +33,8 @@ def _train(config: TrainConfig, stop: StopRequest, only_plan: bool) -> int:
     # Importing torch takes seconds. It is imported here so that a signal in the meantime is a stop request.
     with stop.preparing():
         load_torch()
-    from sasa_train.processes.collectives import lost_partner
-    from sasa_train.training.run import train
+        from sasa_train.processes.collectives import lost_partner
+        from sasa_train.training.run import train
 
     try:
         with stop.preparing():
