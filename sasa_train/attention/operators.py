@@ -9,6 +9,7 @@ differentiates them in another way (forward mode, torch.func, gradients of gradi
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -136,7 +137,9 @@ def _compose_transformed(name: str, definition: Any, composition: Callable[..., 
             return _compose(composition, *arguments)
         return differentiable(keys, *arguments)
 
-    _library.impl(name, choose, "Autograd", with_keyset=True)
+    with warnings.catch_warnings():  # PyTorch 2.11 warns that this replaces what `custom_op` has registered
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        _library.impl(name, choose, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _compose(composition: Callable[..., Any], *arguments: Any) -> Any:
