@@ -149,6 +149,33 @@ def test_signals_to_the_process_group_leave_workers_alone():
     workers.close()
 
 
+ORPHANED = """
+import os, signal, sys, time
+sys.path.insert(0, "tests")
+from making_data import Reader, keys
+from sasa_train.data.workers import Workers
+main = os.getpid()
+
+def lose_connection():
+    for is_orphaned in (False, True):
+        while (os.getppid() != main) != is_orphaned:
+            time.sleep(0.01)
+        error = ConnectionResetError("orphaned" if is_orphaned else "not orphaned")
+        sys.excepthook(type(error), error, None)  # as multiprocessing.resource_sharer does
+        if not is_orphaned:
+            os.kill(main, signal.SIGKILL)
+
+list(Workers(Reader(lose_connection), "train", 1, timeout=60.0).read(keys()))
+"""
+
+
+def test_a_worker_whose_run_was_killed_prints_no_traceback():
+    # The pipes stay open until the worker, too, has ended.
+    run = subprocess.run([sys.executable, "-c", ORPHANED], capture_output=True, text=True, timeout=100)
+    assert run.returncode == -signal.SIGKILL
+    assert run.stderr == "ConnectionResetError: not orphaned\n"
+
+
 def test_decoding_into_memory_is_watched_too(image_folder, monkeypatch):
     monkeypatch.setattr(reading, "read_or_replace", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     overrides = ("data=image_folder", f"data.root={image_folder}", "data.image_size=16", "trainer.global_batch_size=9")

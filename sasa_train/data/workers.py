@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -268,7 +269,16 @@ def begin_worker(_worker: int, modules: Sequence[str]) -> None:
     # Only the main process handles these signals.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _print_unless_orphaned
     own_code.import_again(modules)
+
+
+def _print_unless_orphaned(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    # The thread that hands over batches calls this hook. If the main process is killed meanwhile, the connection ends,
+    # and so does this worker a moment later.
+    parent = multiprocessing.parent_process()
+    if not isinstance(error, ConnectionError | EOFError) or parent is None or parent.is_alive():
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _check_sendable(reader: Reader, num_workers: int) -> None:
