@@ -57,6 +57,7 @@ TINY_TRAINING = [
     "data.max_train_images=300", "data.max_val_images=60", "trainer.global_batch_size=16", "trainer.device=cpu",
     "augment.mix_off_epochs=0", "schedule.warmup_epochs=0",
 ]  # fmt: skip
+SECONDS_TO_SAVE = 30  # at the end of the part train
 MAX_BYTES = 15 * 2**20  # per file of weights, small enough for most file transfers
 TENSOR_PASSES = 12  # forward: read q, k, v, write the output; backward: read these and grad_output, write three
 FULL_SHAPES = ((56, 64), (28, 128), (14, 256), (32, 64))  # map size, channels
@@ -251,10 +252,15 @@ def measure_resume(options: argparse.Namespace) -> int:
 
 
 def measure_train(options: argparse.Namespace) -> int:
-    """Train, and save the run's small files and its averaged weights in half precision."""
+    """Train, and save the run's small files and its averaged weights in half precision.
+
+    A run that is too slow for its epochs stops early, so that its results are not lost.
+    """
     out = Path(tempfile.mkdtemp())
     epochs = 1 if options.dry_run else options.epochs
-    code = subprocess.run(training(options, out, "run_name=train", f"trainer.epochs={epochs}"), check=False).returncode
+    seconds = PARTS["train"].seconds - SECONDS_TO_SAVE
+    limits = (f"trainer.epochs={epochs}", f"trainer.max_hours={seconds / 3600}")
+    code = subprocess.run(training(options, out, "run_name=train", *limits), check=False).returncode
     run = out / "train"
     for path in (
         *(run / name for name in ("metrics.jsonl", "run.json", "config.yaml")),

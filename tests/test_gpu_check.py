@@ -77,6 +77,13 @@ def test_weights_come_back_in_pieces(check, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_training_without_time_for_its_epochs_returns_what_it_has(check, tmp_path, monkeypatch):
+    monkeypatch.setitem(check.PARTS, "train", check.Part(2, check.SECONDS_TO_SAVE + 1, ""))
+    assert check.measure_train(Namespace(folder=tmp_path, dry_run=True, data=None, epochs=1)) == 75
+    assert {path.name for path in tmp_path.glob("train.*")} >= {"train.metrics.jsonl", "train.weights-0.pt"}
+
+
+@pytest.mark.slow
 def test_a_failed_part_leaves_the_others(tmp_path):
     (tmp_path / "op_fp32.json").mkdir()  # cannot be written
     process = dry_run(tmp_path, "--only", "op_fp32", "roofline")
