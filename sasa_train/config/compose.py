@@ -248,12 +248,17 @@ def as_overrides(config: TrainConfig, named: AbstractSet[str] = frozenset()) -> 
 
     named: keys that are among them even with their defaults.
     """
-    defaults, values = flatten(compose_config([])), flatten(config)
+    defaults, values = _default_values(), flatten(config)
     # Without a name, a data.root stands for a set of one's own (`for_own_images`).
     is_named = values["data.root"] != defaults["data.root"]
     named = named | ({"data.name"} if is_named else set())
     keys = [key for key in values if values[key] != defaults[key] or key in named]
     return [f"{key}={as_written(values[key])}" for key in keys]
+
+
+@cache
+def _default_values() -> dict[str, Any]:
+    return flatten(compose_config([]))
 
 
 def explain(error: Exception) -> str:
