@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from making_data import make_ten_classes
@@ -190,7 +191,8 @@ def test_what_a_page_shows_runs(
     for shown in ("docs", "scripts"):  # pages refer to photographs and scripts by their paths in the checkout
         (tmp_path / shown).symlink_to(ROOT / shown)
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__"}
+    snippets = ModuleType("snippets")  # which torch.compile looks up by its name
+    monkeypatch.setitem(sys.modules, "snippets", snippets)
     printed = ""
     for block in blocks_of(page):
         if block.language == "sh":
@@ -201,7 +203,7 @@ def test_what_a_page_shows_runs(
         elif block.language == "python":
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")  # for the right line in errors
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                exec(code, namespace)
+                exec(code, vars(snippets))
             printed = stdout.getvalue()
         elif block.language == "output":
             assert printed == block.text, f"{block}: is not what the block before it prints"

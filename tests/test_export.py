@@ -204,12 +204,26 @@ def test_a_format_that_differs_is_not_written(run_dir, tmp_path, monkeypatch, ca
         model = right(path)
         return lambda images: model(images) * 1.001
 
-    broken = formats.Format("model.safetensors", formats.write_safetensors, wrong, tolerance=1e-5)
+    broken = formats.Format("model.safetensors", formats.write_safetensors, wrong)
     monkeypatch.setitem(formats.FORMATS, "safetensors", broken)
     assert command.run_command([str(run_dir), "--formats", "safetensors", "hub", "--out", str(tmp_path)]) == 1
     assert "safetensors: its logits differ from PyTorch's by 1.0e-03 of the largest" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").read_text() == "an earlier one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "model.safetensors"]
+
+
+def test_a_format_with_other_weights_is_not_written(run_dir, tmp_path, monkeypatch, capsys):
+    def load(path):
+        model = formats.load_safetensors(path)
+        with torch.no_grad():
+            model.get_classifier().bias[0] *= 1 + 1e-6
+        return model
+
+    changed = formats.FORMATS["safetensors"]._replace(load=load)
+    monkeypatch.setitem(formats.FORMATS, "safetensors", changed)
+    assert command.run_command([str(run_dir), "--formats", "safetensors", "--out", str(tmp_path)]) == 1
+    assert "safetensors: its weights differ from the checkpoint's" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_logits_that_are_no_numbers_differ():

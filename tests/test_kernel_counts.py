@@ -1,6 +1,5 @@
 """Check the instruction counts of the Triton kernels, compiled for a GPU without one."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
+
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow  # two minutes of compilation
 SCRIPT = Path(__file__).parents[1] / "scripts/kernel_counts.py"
@@ -22,14 +24,15 @@ def run_counts(cache: Path, *options: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_counts_stay_below_their_bounds_and_nothing_is_compiled_twice(tmp_path):
     cache, file = tmp_path / "cache", tmp_path / "counts.json"
     output = run_counts(cache, "--arch", "sm_90", "--json", str(file))
     rows = json.loads(file.read_text())
     assert len(rows) == 2 * 4 * 3
+    spills_two_registers = Version(triton.__version__) < Version("3.7")
+    most = {"bf16": 8 if spills_two_registers else 0, "fp32": 64}
     for row in rows:
-        assert row["chosen"] and row["spill_bytes"] <= (0 if row["dtype"] == "bf16" else 64), row
+        assert row["chosen"] and row["spill_bytes"] <= most[row["dtype"]], row
     for head_dim, (forward, backward) in BOUNDS.items():
         counts = {
             row["pass"]: row["per_query_and_head"]

@@ -18,6 +18,9 @@ from sasa_train.trained import TrainedModel
 
 NUM_IMAGES = 64
 BATCH_SIZES = (1, 7)
+# Allowed difference, relative to the largest logit. The order of float32 sums differs in every layer and, in some
+# matrix products, with the addresses of equal tensors.
+ROUNDING = 1e-5
 Run = Callable[[Tensor], Tensor]  # normalised images [B, C, H, W] -> logits [B, classes]
 
 

@@ -23,7 +23,6 @@ from sasa_train.models import AttentionStem, LocalSelfAttention2d, build_model
 from sasa_train.runs.weights import read_safetensors
 from sasa_train.trained import TrainedModel
 
-ROUNDING = 1e-5  # relative to the largest logit; the order of float32 sums differs in every layer
 OPSET = 18  # the version that torch.onnx writes without conversion
 # Fields with which timm describes its own weights for an architecture.
 OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "notes")
@@ -71,12 +70,12 @@ def onnx_program(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgra
 
 
 class Format(NamedTuple):
-    """An export format; `target` is its file or folder name, `tolerance` the allowed relative difference in logits."""
+    """An export format; `target` is its file or folder name, `has_weights` whether it contains the model's own ones."""
 
     target: str
     write: Callable[[Source, Path], None]
-    load: Callable[[Path], Run]
-    tolerance: float
+    load: Callable[[Path], Run]  # returns a module if the format has weights
+    has_weights: bool = False
 
 
 def write_safetensors(source: Source, path: Path) -> None:
@@ -157,8 +156,8 @@ def quiet() -> Iterator[None]:
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format("model.safetensors", write_safetensors, load_safetensors, 0.0),
-    "hub": Format("hub", write_hub, load_hub, 0.0),
-    "onnx": Format("model.onnx", write_onnx, load_onnx, ROUNDING),
-    "torch_export": Format("model.pt2", write_torch_export, load_torch_export, ROUNDING),
+    "safetensors": Format("model.safetensors", write_safetensors, load_safetensors, has_weights=True),
+    "hub": Format("hub", write_hub, load_hub, has_weights=True),
+    "onnx": Format("model.onnx", write_onnx, load_onnx),
+    "torch_export": Format("model.pt2", write_torch_export, load_torch_export),
 }

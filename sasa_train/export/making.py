@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sasa_train.export.checking import Measured, measure
+from sasa_train.export.checking import ROUNDING, Measured, Run, measure
 from sasa_train.export.formats import Format, Source
 from sasa_train.files import kind, sync_folder
 
@@ -36,8 +37,8 @@ def make(how: Format, source: Source, folder: Path, images: Tensor, expected: Me
             path = Path(aside) / how.target
             found = _make_aside(how, source, path, images)
             difference = found.difference(expected)
-            if not difference <= how.tolerance:  # also true if it is NaN
-                by = f"{difference:.1e} of the largest, where {how.tolerance:.0e} is allowed"
+            if not difference <= ROUNDING:  # also true if it is NaN
+                by = f"{difference:.1e} of the largest, where {ROUNDING:.0e} is allowed"
                 raise ExportError(f"its logits differ from PyTorch's by {by}; it is not written")
             _put(path, folder / how.target)
     except OSError as error:
@@ -51,13 +52,22 @@ def _make_aside(how: Format, source: Source, path: Path, images: Tensor) -> Meas
         how.write(source, path)
         if len(list(path.parent.iterdir())) > 1:  # ONNX models above 2 GB; only one file is moved into place
             raise RuntimeError("it does not fit into one file")
-        return measure(how.load(path), images)
-    except OSError:
+        run = how.load(path)
+        if how.has_weights and not _has_weights_of(source.trained.model, run):
+            raise ExportError("its weights differ from the checkpoint's; it is not written")
+        return measure(run, images)
+    except (OSError, ExportError):
         raise
     except Exception as error:  # errors of torch's exporters, onnxruntime and timm have no common base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = source.trained.config.model.title
         raise ExportError(f"cannot be made of {name} ({reason}); leave it out with --formats") from error
+
+
+def _has_weights_of(model: nn.Module, run: Run) -> bool:
+    """Return whether a loaded model has bit for bit the same weights and buffers as `model`."""
+    expected, found = model.state_dict(), run.state_dict() if isinstance(run, nn.Module) else {}
+    return expected.keys() == found.keys() and all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
 
 
 def _put(path: Path, target: Path) -> None:
