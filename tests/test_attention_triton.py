@@ -33,6 +33,22 @@ def large_tiles(monkeypatch):
         monkeypatch.setattr(triton_kernels, "WALK_POSITIONS", 64)
 
 
+WITHOUT_KEYS = """
+from triton import JITFunction
+from sasa_train.attention import triton_fold, triton_kernels, triton_walk
+functions = [f for f in (*vars(triton_fold).values(), *vars(triton_walk).values()) if isinstance(f, JITFunction)]
+print(len(functions), [f.__name__ for f in functions if f.hash is None])
+"""
+
+
+def test_the_keys_of_kernels_do_not_depend_on_what_is_compiled_first():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", WITHOUT_KEYS]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    count, without = printed.split(maxsplit=1)
+    assert int(count) > 20 and without == "[]\n"
+
+
 @pytest.mark.parametrize("kernel_size", slow_but_for([1, 7], range(1, 17, 2)))
 def test_every_window_and_map(kernel_size):
     """Maps range from 1x1 to larger than a tile; some are smaller than the window."""

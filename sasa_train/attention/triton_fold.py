@@ -59,6 +59,13 @@ def _twice(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _times(a, b):
+    if CAST:
+        return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
+    return a * b
+
+
+@triton.jit
 def _unfold(x, in_reach):
     """Spread [16, 8] over the 16 columns, zero out of reach; `in_reach` is [16, 16] of ones and zeros."""
     return _times(_twice(x, in_reach.dtype), in_reach)
@@ -68,13 +75,6 @@ def _unfold(x, in_reach):
 def _both_rows(x):
     """Repeat [8, 8] for the two rows of the tile."""
     return tl.broadcast_to(x[None, :, :], [2, 8, 8]).reshape(16, 8)
-
-
-@triton.jit
-def _times(a, b):
-    if CAST:
-        return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype)
-    return a * b
 
 
 @triton.jit
@@ -352,6 +352,16 @@ def forward_kernel(
             pooled += pooled_strides[1] * ALIGN
 
 
+@triton.jit
+def _store_sums(partial, sums, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """Store sums [8 + 8 offsets, 16 N channels] in pieces as [2, K, D / 2]."""
+    j = tl.arange(0, 16)[:, None]
+    for i in tl.static_range(N):
+        channel = tl.arange(0, 16)[None, :] + i * 16
+        mask = (j // 8 == channel // (D // 2)) & (j % 8 < K)
+        tl.store(partial + ((j // 8 * K + j % 8) * (D // 2) + channel % (D // 2)), sums[i], mask=mask)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def backward_queries_kernel(
     grad_output, query, key, value, output, grad_query, logsumexp, by_key, tables, partial_rel,
@@ -473,16 +483,6 @@ def backward_queries_kernel(
 
     if tables is not None and not PER_HEAD:
         _store_sums(partial_rel, rel_sums, K, D, N)
-
-
-@triton.jit
-def _store_sums(partial, sums, K: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
-    """Store sums [8 + 8 offsets, 16 N channels] in pieces as [2, K, D / 2]."""
-    j = tl.arange(0, 16)[:, None]
-    for i in tl.static_range(N):
-        channel = tl.arange(0, 16)[None, :] + i * 16
-        mask = (j // 8 == channel // (D // 2)) & (j % 8 < K)
-        tl.store(partial + ((j // 8 * K + j % 8) * (D // 2) + channel % (D // 2)), sums[i], mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)

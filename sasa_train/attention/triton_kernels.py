@@ -34,6 +34,12 @@ WINDOW_COLUMNS = 16  # padded number of columns that a tile reads; for 16 positi
 
 Images = tuple[Tensor | None, ...]  # [B, N, H, W, D] each, or None if absent
 
+# Triton 3.6 leaves the constants of a called function out of a kernel's key in its cache on disk unless that function
+# has its own key by then. So the keys are computed here, in the order of definition, callees first. Otherwise the order
+# in which threads compile kernels would decide them, and the next process would compile the kernels again.
+for _function in (*vars(triton_fold).values(), *vars(triton_walk).values()):
+    getattr(_function, "cache_key", None)
+
 
 def unavailable(inputs: Inputs, window: Window) -> str | None:
     """Return the reason why the kernels cannot run on these tensors, or None if they can."""
