@@ -215,7 +215,10 @@ def measure_resume(options: argparse.Namespace) -> int:
 
     num_steps = 6 if options.dry_run else 40
     out = Path(tempfile.mkdtemp())
+    # Two epochs in these steps; each of the four starts reads the images anew.
+    few = ["data.max_train_images=10240", "data.max_val_images=1000"] if options.data and not options.dry_run else []
     exact = [
+        *few,
         f"trainer.max_steps={num_steps}",
         "trainer.deterministic=true",
         f"trainer.checkpoint_every_steps={num_steps // 2}",
@@ -239,6 +242,7 @@ def measure_resume(options: argparse.Namespace) -> int:
         flush=True,
     )
     profile = [
+        *few,
         "run_name=profiled",
         f"trainer.profile_steps={2 if options.dry_run else 20}",
         f"trainer.max_steps={2 * num_steps}",
