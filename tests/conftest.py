@@ -36,6 +36,20 @@ pytest.register_assert_rewrite(
 Command = Callable[..., subprocess.CompletedProcess]
 
 
+# The first files to begin: at the end of a run, they would keep one process busy while the others wait.
+LONG = {
+    f"test_{name}.py"
+    for name in (
+        "attention_triton", "commands", "distributed", "docs", "gpu_check", "kernel_counts", "reliability", "slurm",
+        "sweep", "timm_models",
+    )
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector the millions of objects that the imports made, as `load_torch` does."""
     gc.collect()
