@@ -23,10 +23,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("sasa_train", "FRAGMENT")
-# Found here, because `torch.compile` of PyTorch 2.11 cannot ask.
-_HAVE_AUTOCAST = frozenset(
-    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
-)
+_WITHOUT_AUTOCAST = ("meta", "lazy", "vulkan")  # `torch.compile` of PyTorch 2.11 cannot call is_autocast_available
 
 
 def define_operator(
@@ -154,7 +151,7 @@ def _compose(composition: Callable[..., Any], *arguments: Any) -> Any:
 def _without_autocast(x: Tensor) -> AbstractContextManager:
     """Compute as the kernels do, whose precision does not depend on autocast."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if device in _HAVE_AUTOCAST else nullcontext()
+    return nullcontext() if device in _WITHOUT_AUTOCAST else torch.autocast(device, enabled=False)
 
 
 def _differentiate(
